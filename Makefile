@@ -1,0 +1,65 @@
+# Targets call the same commands that you would type; `make` alone lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+GPUS ?= 8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo prepare-data train plan test test-slow check format bench-step gpu clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## Create .venv and install the run-time libraries, once
+
+demo: $(INSTALLED) ## From raw text to a trained, resumed and exported model, in minutes, on CPU or GPUs
+	$(RUN) -m train.demo
+
+prepare-data: $(INSTALLED) ## Text to shards; CONFIG=configs/prepare-example.toml for your own data
+	$(RUN) -m data_prep.pipeline $(CONFIG)
+
+train: $(INSTALLED) ## Pretrain on GPUS=8 devices of this machine; CONFIG=configs/run.toml, ARGS="--section.key value"
+	$(VENV)/bin/torchrun --nproc_per_node=$(GPUS) train/pretrain.py $(CONFIG) $(ARGS)
+
+plan: $(INSTALLED) ## What a run would compute, hold and write, without starting it; CONFIG=, GPUS=
+	WORLD_SIZE=$(GPUS) $(RUN) train/pretrain.py $(CONFIG) --dry-run $(ARGS)
+
+test: $(INSTALLED_DEV) ## Run the test suite
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(INSTALLED_DEV) ## Run the long tests as well
+	$(RUN) -m pytest
+
+check: $(INSTALLED_DEV) ## Format, lint, layers, types, tests: run it before every commit
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyright
+	$(RUN) -m pytest -m "not slow"
+
+format: $(INSTALLED_DEV) ## Format the code and mend what the linter can
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench-step: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama; results in benchmarks/results
+	$(RUN) -m benchmarks.step
+
+gpu: ## On a CUDA machine with torch and triton installed: the GPU tests and benchmarks, without a virtual environment
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.step
+
+clean: ## Delete caches (not data/, runs/ or .venv)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+$(INSTALLED): requirements.txt pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
