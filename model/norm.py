@@ -1,0 +1,23 @@
+"""The learned weight around `kernels.rms_norm`."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rms_norm import add_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, with one learned scale per channel."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x (..., size)."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the norm of x + residual, and x + residual itself, in one pass."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
