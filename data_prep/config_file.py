@@ -1,0 +1,171 @@
+"""A run is a value: one TOML file plus command-line flags become one frozen dataclass.
+
+The dataclass (which may nest one level of section dataclasses) is the only list of keys, defaults and meanings; the
+TOML file, the flags, `--help` and the resolved file written beside every result all follow from it.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+import tyro
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A key or a value of a configuration is wrong; the message names it and the remedy."""
+
+
+def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, description: str | None = None) -> Config:
+    """Build a config from `[file.toml] [--section.key value ...]`: defaults, then the file, then the flags.
+
+    Raises:
+        ConfigError: unreadable file, unknown or repeated key (with the nearest known one), wrong type, bad value.
+        SystemExit: `--help`, or a flag that tyro refuses (it has printed why).
+    """
+    arguments = list(argv)
+    path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
+    default = load(path, config_type) if path is not None else config_type()
+    _refuse_repeated_flags(arguments)
+    _refuse_unknown_flags(arguments, config_type)
+    return tyro.cli(
+        config_type,
+        args=arguments,
+        default=default,
+        prog=f"{prog} [FILE.toml]",
+        description=description or config_type.__doc__,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
+    )
+
+
+def load(path: Path, config_type: type[Config]) -> Config:
+    """Read a TOML file over the defaults of config_type.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    try:
+        return from_table(table, config_type)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def from_table(table: dict[str, Any], config_type: type[Config], section: str = "") -> Config:
+    """Build config_type from a parsed TOML table; missing keys keep their defaults.
+
+    A section whose dataclass has a `preset(name)` class method may name the preset to start from with `preset = "..."`.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    table = dict(table)
+    base: Any = None
+    if hasattr(config_type, "preset") and "preset" in table:
+        base = _checked(section, lambda: config_type.preset(table.pop("preset")))  # pyright: ignore[reportAttributeAccessIssue]
+    hints = typing.get_type_hints(config_type)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{section}.{key}" if section else key
+        if key not in hints:
+            raise ConfigError(f"unknown key {name!r}{_did_you_mean(name, keys(config_type, section))}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} = {value!r}: expected a table [{name}]")
+            values[key] = from_table(value, typing.cast(Any, hints[key]), name)
+        else:
+            values[key] = _coerce(name, value, hints[key])
+    build = (lambda: dataclasses.replace(base, **values)) if base is not None else (lambda: config_type(**values))
+    return _checked(section, build)
+
+
+def to_table(config: Any) -> dict[str, Any]:
+    """The config as plain TOML/JSON values; keys that are None are left out, as TOML has no null."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items() if value is not None}
+
+
+def to_toml(config: Any) -> str:
+    """The resolved config as a TOML file that `load` reads back to an equal value."""
+    return tomli_w.dumps(to_table(config))
+
+
+def keys(config_type: type, section: str = "") -> list[str]:
+    """Every `section.key` of a config type, in order."""
+    names: list[str] = []
+    for key, hint in typing.get_type_hints(config_type).items():
+        name = f"{section}.{key}" if section else key
+        names += keys(hint, name) if dataclasses.is_dataclass(hint) else [name]
+    return names
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked(section: str, build: Any) -> Any:
+    try:
+        return build()
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"[{section}] {error}" if section else str(error)) from error
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """TOML value -> field type; int is accepted for float, a list for a tuple, nothing else is converted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} = {value!r}: expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return _coerce(name, value, inner[0])
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} = {value!r}: expected a list")
+        return tuple(_coerce(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} = {value!r}: expected {hint.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+
+
+def _flag_names(arguments: Sequence[str]) -> list[str]:
+    return [a[2:].split("=", 1)[0].replace("_", "-") for a in arguments if a.startswith("--") and a != "--help"]
+
+
+def _refuse_repeated_flags(arguments: Sequence[str]) -> None:
+    # tyro takes the last of two equal flags without a word; a forgotten one in a shell script would win silently.
+    seen: set[str] = set()
+    for name in _flag_names(arguments):
+        if name in seen:
+            raise ConfigError(f"--{name} is given twice; keep one")
+        seen.add(name)
+
+
+def _refuse_unknown_flags(arguments: Sequence[str], config_type: type) -> None:
+    known = [key.replace("_", "-") for key in keys(config_type)]
+    for name in _flag_names(arguments):
+        if name not in known:
+            raise ConfigError(f"unknown flag --{name}{_did_you_mean(name, known)}".replace("mean '", "mean '--"))

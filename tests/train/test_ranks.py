@@ -1,0 +1,140 @@
+"""Several real processes train to the weights of one; accumulation and resuming do not change them either."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from resume import checkpoint
+from tests.prepared import write_data
+from tests.processes import run_ranks
+from train import pretrain
+from train.config import RunConfig, with_values
+
+TINY = ModelConfig(
+    vocab_size=300,
+    hidden_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=6,
+    ffn_size=40,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+def config(data_folder: Path, run: Path, **sections: dict[str, Any]) -> RunConfig:
+    base = with_values(
+        RunConfig(model=TINY),
+        run={"dir": str(run), "num_steps": 6, "save_every": 3, "validate_every": 6, "keep_checkpoints": 9},
+        data={
+            "path": str(data_folder),
+            "sequence_length": 32,
+            "batch_sequences": 12,
+            "micro_batch_sequences": 2,
+            "validation_sequences": 5,
+        },
+        # A norm this low is always exceeded: clipping is part of what must agree.
+        optim={"peak_lr": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.1},
+        parallel={"device": "cpu", "precision": "fp64"},
+    )
+    return with_values(base, **sections)
+
+
+def trained(config: RunConfig, world_size: int, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights after a run on real processes."""
+    folder.mkdir(exist_ok=True)
+    codes = run_ranks(lambda rank: pretrain.pretrain(config), world_size, folder)
+    assert codes == [0] * world_size
+    newest = checkpoint.latest(Path(config.run.dir))
+    assert newest is not None
+    assert newest.name == f"step-{config.run.num_steps}"
+    return checkpoint.read_tensors(newest, "model.")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("alone")
+    return trained(config(data, folder / "run"), 1, folder)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sections"),
+    [
+        (2, {}),
+        (2, {"parallel": {"reshard_after_forward": True, "recompute_blocks": True}}),
+        (3, {}),
+        (2, {"parallel": {"replicas": 2}}),
+        (4, {"parallel": {"replicas": 2}, "data": {"micro_batch_sequences": 1}}),
+    ],
+    ids=[
+        "two",
+        "two, resharding and recomputing",
+        "three, uneven shards",
+        "two replicas",
+        "two replicas of two shards",
+    ],
+)
+def test_several_ranks_train_to_the_weights_of_one(
+    data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, world_size: int, sections: dict[str, Any]
+):
+    together = trained(config(data, tmp_path / "run", **sections), world_size, tmp_path)
+    assert largest_difference(together, alone) < 1e-12
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 12])
+def test_another_split_into_micro_batches_gives_the_same_weights(
+    data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, micro_batch: int
+):
+    split = trained(config(data, tmp_path / "run", data={"micro_batch_sequences": micro_batch}), 1, tmp_path)
+    assert largest_difference(split, alone) < 1e-12
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_a_run_resumed_on_another_number_of_ranks_ends_at_the_same_weights(
+    data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, before: int, after: int
+):
+    whole = config(data, tmp_path / "run")
+    trained(whole, before, tmp_path)
+    # As if the first life had been killed after its checkpoint at step 3.
+    (tmp_path / "run" / "step-6").rename(tmp_path / "lost")
+    resumed = trained(whole, after, tmp_path / "again")
+    assert largest_difference(resumed, alone) < 1e-12
+
+
+def test_a_rank_that_fails_to_write_makes_all_fail_and_publishes_nothing(data: Path, tmp_path: Path):
+    def fail_on_rank_one(rank: int) -> str:
+        from train import ranks
+
+        this = ranks.start("cpu")
+        real = checkpoint.save_file
+        if this.rank == 1:
+            checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        tensors = {"a": torch.nn.Parameter(torch.ones(4, 2))}
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        tensors = {"a": distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)])}
+        try:
+            checkpoint.save(tmp_path / "run", 1, tensors, {}, "", keep=1)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        finally:
+            checkpoint.save_file = real
+        return "no error"
+
+    messages = run_ranks(fail_on_rank_one, 2, tmp_path)
+    assert "another rank failed" in messages[0]
+    assert "No space left" in messages[1]
+    assert checkpoint.latest(tmp_path / "run") is None

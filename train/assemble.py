@@ -1,0 +1,191 @@
+"""Puts a run together: data, model, optimizer and log from a config, continued from the newest checkpoint if any."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_prep.config_file import ConfigError, load, to_toml
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from evaluation.perplexity import Score, score, shard_batches
+from model.convert import read_hugging_face
+from model.init import initial_value
+from model.transformer import Transformer
+from resume import checkpoint, state
+from resume.manifest import DataError, DataFile, open_split, refuse_overlap
+from resume.order import Order
+from resume.samples import SampleReader
+from train import loop
+from train.config import RunConfig, refuse_changes
+from train.loader import Loader, rank_positions
+from train.loop import Progress, Trainer
+from train.metrics import RunLog
+from train.objectives import next_token_loss
+from train.optim import make_optimizer
+from train.ranks import Ranks
+from train.sharding import WholeValue, build_model
+from train.signals import StopRequest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Data:
+    """Prepared data, checked, and the tokenizer it was made with."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    training: list[DataFile]
+    validation: list[DataFile]
+
+
+def open_data(config: RunConfig) -> Data:
+    """Opens and checks the data folder.
+
+    Raises:
+        DataError, ManifestError, ShardError, TokenizerError: missing, damaged or mismatching data.
+        ConfigError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    folder = Path(config.data.path)
+    manifest = read_manifest(folder)
+    if manifest.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}, but {folder} was encoded with {manifest.vocab_size} token "
+            f"ids; set --model.vocab-size {manifest.vocab_size} or more"
+        )
+    tokenizer = load_tokenizer(folder / manifest.tokenizer_file)
+    if tokenizer.digest != manifest.tokenizer_digest:
+        raise DataError(
+            f"{tokenizer.file}: digest {tokenizer.digest}, the shards were encoded with {manifest.tokenizer_digest}; "
+            "restore the tokenizer file or encode the text again"
+        )
+    training = open_split(folder, manifest, "train")
+    has_validation = any(shard.split == "validation" for shard in manifest.shards)
+    validation = open_split(folder, manifest, "validation") if has_validation else []
+    refuse_overlap(training, validation)
+    return Data(manifest, tokenizer, training, validation)
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trainer, Progress]]:
+    """A trainer at the run's newest checkpoint, or at its beginning; closes files and threads at the end.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or is damaged.
+    """
+    order = Order(data.training, seed=config.run.seed, sequence_length=config.data.sequence_length)
+    fresh = state.start(order, data.tokenizer.digest)
+    folder = checkpoint.latest(Path(config.run.dir))
+    progress = _progress(folder, config, fresh)
+    model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))
+    stop = StopRequest()
+    stop.install()
+    reader = SampleReader(order.files, sequence_length=order.sequence_length, vocab_size=config.model.vocab_size)
+    with contextlib.ExitStack() as cleanup:
+        trainer = Trainer(
+            config=config,
+            ranks=ranks,
+            model=model,
+            optimizer=make_optimizer(model, config.optim),
+            batches=cleanup.enter_context(_loader(config, data, order, reader, ranks, progress)),
+            objective=next_token_loss,
+            validate=_validation(config, data, model, ranks),
+            samples_per_epoch=order.samples_per_epoch,
+            log=None,
+            stop=stop,
+        )
+        if folder is not None:
+            loop.load(trainer, folder)
+        if ranks.is_first:
+            trainer.log = _open_log(config, data, progress)
+            cleanup.callback(trainer.log.close)
+        yield trainer, progress
+
+
+def _progress(folder: Path | None, config: RunConfig, fresh: state.DataState) -> Progress:
+    if folder is None:
+        return Progress(0, fresh)
+    refuse_changes(config, load(folder / "config.toml", RunConfig))
+    record = checkpoint.read_record(folder)
+    continued = state.from_json(record["data"])
+    state.refuse_other_data(continued, fresh)
+    return Progress(record["step"], continued)
+
+
+def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
+    if resuming:
+        return lambda name, shape: torch.zeros(()).expand(shape)  # about to be loaded over
+    if config.run.init_from is None:
+        return lambda name, shape: initial_value(config.model, name, shape, config.run.seed)
+    imported, tensors = read_hugging_face(Path(config.run.init_from))
+    shape_keys = [field.name for field in dataclasses.fields(imported) if not field.name.startswith("init")]
+    differing = [key for key in shape_keys if getattr(imported, key) != getattr(config.model, key)]
+    if differing:
+        wanted = " ".join(f"--model.{key.replace('_', '-')} {getattr(imported, key)}" for key in differing)
+        raise ConfigError(f"{config.run.init_from} holds another model than [model] describes; set {wanted}")
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return tensors[name]
+
+    return value
+
+
+def _loader(
+    config: RunConfig, data: Data, order: Order, reader: SampleReader, ranks: Ranks, progress: Progress
+) -> Loader:
+    positions = rank_positions(
+        progress.data.position,
+        batch_sequences=config.data.batch_sequences,
+        micro_batch=config.data.micro_batch_sequences,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    return Loader(
+        order,
+        reader,
+        positions,
+        eos_id=data.manifest.eos_id,
+        isolate_documents=config.data.isolate_documents,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def _validation(config: RunConfig, data: Data, model: Transformer, ranks: Ranks) -> Callable[[], Score] | None:
+    if not data.validation:
+        return None
+    token_bytes = padded_token_bytes(data.tokenizer, config.model.vocab_size)
+    sequence_length = config.data.sequence_length
+    reader = SampleReader(data.validation, sequence_length=sequence_length, vocab_size=config.model.vocab_size)
+
+    def validate() -> Score:
+        batches = shard_batches(
+            reader,
+            num_sequences=config.data.validation_sequences,
+            batch_size=config.data.micro_batch_sequences,
+            eos_id=data.manifest.eos_id,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        return score(model, batches, token_bytes, ranks.device)
+
+    return validate
+
+
+def padded_token_bytes(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
+    """Bytes per token id (vocab_size,); ids that the model has beyond the tokenizer's stand for none."""
+    token_bytes = tokenizer.token_bytes()
+    return np.pad(token_bytes, (0, vocab_size - len(token_bytes)))
+
+
+def _open_log(config: RunConfig, data: Data, progress: Progress) -> RunLog:
+    run = Path(config.run.dir)
+    run.mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save(run)  # a run folder is enough to generate from
+    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    log = RunLog(run, progress.step, to_toml(config))
+    log.note(f"resuming at step {progress.step}" if progress.step else f"starting in {run}")
+    return log

@@ -1,0 +1,213 @@
+"""Every key of a training run, with its default, unit and meaning. Imports no torch, so that --help is instant."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_prep.config_file import ConfigError, keys
+from model.config import ModelConfig
+
+# Keys that may differ from the checkpoint's when a run is resumed: they change where and how fast the same steps are
+# computed, or when something is written, but not what is learned. run.num_steps is here because runs get extended; it
+# moves the end of the learning-rate schedule. docs/checkpoints.md lists them.
+CHANGEABLE_ON_RESUME = (
+    "run.dir",
+    "run.num_steps",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.validate_every",
+    "run.max_nonfinite_steps",
+    "run.init_from",
+    "run.allow_changes",
+    "data.path",
+    "data.micro_batch_sequences",
+    "data.validation_sequences",
+    "parallel.device",
+    "parallel.precision",
+    "parallel.replicas",
+    "parallel.reshard_after_forward",
+    "parallel.compile",
+    "parallel.recompute_blocks",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSection:
+    """The run: how long, where to, how often."""
+
+    dir: str = "runs/tinyllama-1.1b"
+    """Folder of checkpoints, logs and report; a run continues from the newest checkpoint it finds there."""
+    seed: int = 3407
+    """Decides initial weights, the order of samples, and whatever a step draws."""
+    num_steps: int = 10_000
+    """Optimizer steps in all."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end and one when the run is told to stop."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; older ones are deleted after a newer one is published."""
+    validate_every: int = 500
+    """Steps between validations; there is always one before the first step and one after the last."""
+    max_nonfinite_steps: int = 5
+    """Consecutive steps with a NaN or infinite loss or gradient that are skipped before the run stops."""
+    init_from: str | None = None
+    """Hugging Face folder whose weights a new run starts from instead of random ones."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys (section.key) that may differ from the checkpoint's on resume besides those that always may."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """What is read, in which portions."""
+
+    path: str = "data/default"
+    """Folder that `make prepare-data` wrote."""
+    sequence_length: int = 2_048
+    """Targets per sample, in tokens."""
+    batch_sequences: int = 1_024
+    """Samples per optimizer step, over all devices; with sequence_length this makes the tokens per step."""
+    micro_batch_sequences: int = 16
+    """Samples per forward and backward on one device; the rest of a step's samples is accumulated."""
+    isolate_documents: bool = False
+    """Whether tokens see only their own document in a packed sample."""
+    validation_sequences: int = 512
+    """Held-out samples per validation, over all devices (fewer if the split has fewer)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimSection:
+    """AdamW with decay on matrices only, and its schedule."""
+
+    peak_lr: float = 4e-4
+    """Highest learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to min_lr_ratio; wsd: constant, then linear to min_lr_ratio over decay_steps."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate as a share of peak_lr."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 1_000
+    """Last steps, over which wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSection:
+    """Devices, precision, and what memory is traded for."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where it is available."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """bf16 computes in bf16 with fp32 master weights, moments and gradient sums; auto: bf16 on CUDA, fp32 on CPU."""
+    replicas: int = 1
+    """Copies of the sharded model (HSDP): set it to the number of nodes to shard inside a node only."""
+    reshard_after_forward: bool = False
+    """Whether gathered weights are freed between forward and backward (less memory, one more gather)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on CUDA only."""
+    recompute_blocks: bool = False
+    """Activation checkpointing: keep only the input of each block and run it again in the backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Pretrain a language model. With no argument: TinyLlama-1.1B on what `make prepare-data` made."""
+
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("tinyllama-1.1b"))
+    optim: OptimSection = field(default_factory=OptimSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+
+    def __post_init__(self) -> None:
+        """Refuses values that make no run, each by itself and across sections."""
+        positive = (
+            "run.num_steps run.save_every run.keep_checkpoints run.validate_every run.max_nonfinite_steps "
+            "data.sequence_length data.batch_sequences data.micro_batch_sequences data.validation_sequences "
+            "optim.peak_lr optim.decay_steps optim.eps optim.max_grad_norm parallel.replicas"
+        )
+        for name in positive.split():
+            if value_of(self, name) <= 0:
+                raise ConfigError(f"{name} = {value_of(self, name)}: must be positive")
+        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay"):
+            if value_of(self, name) < 0:
+                raise ConfigError(f"{name} = {value_of(self, name)}: must not be negative")
+        for name in ("optim.min_lr_ratio", "optim.beta1", "optim.beta2"):
+            if not 0 <= value_of(self, name) <= 1:
+                raise ConfigError(f"{name} = {value_of(self, name)}: must be between 0 and 1")
+        if self.data.sequence_length > self.model.context_length:
+            raise ConfigError(
+                f"data.sequence_length = {self.data.sequence_length} exceeds model.context_length = "
+                f"{self.model.context_length}; lower the first or raise the second"
+            )
+        known = keys(RunConfig)
+        for name in self.run.allow_changes:
+            if name not in known:
+                raise ConfigError(f"run.allow_changes names {name!r}, which is no key of a run")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.data.batch_sequences * self.data.sequence_length
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches that each of world_size devices accumulates per step.
+
+        Raises:
+            ConfigError: the batch does not split evenly.
+        """
+        portion = world_size * self.data.micro_batch_sequences
+        if self.data.batch_sequences % portion:
+            fitting = [
+                n for n in range(1, self.data.batch_sequences + 1) if self.data.batch_sequences % (n * world_size) == 0
+            ]
+            remedy = (
+                f"set --data.micro-batch-sequences to one of {fitting}"
+                if fitting
+                else f"make --data.batch-sequences a multiple of {world_size}"
+            )
+            raise ConfigError(
+                f"data.batch_sequences = {self.data.batch_sequences} does not split into micro-batches of "
+                f"{self.data.micro_batch_sequences} on {world_size} devices; {remedy}"
+            )
+        return self.data.batch_sequences // portion
+
+
+def value_of(config: RunConfig, name: str) -> Any:
+    """The value of `section.key`."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def refuse_changes(config: RunConfig, stored: RunConfig) -> None:
+    """Refuses to resume under a config that would learn something else than the checkpoint's.
+
+    Raises:
+        ConfigError: names every differing key with both values.
+    """
+    allowed = {*CHANGEABLE_ON_RESUME, *config.run.allow_changes}
+    differing = [
+        f"{name} = {value_of(config, name)!r}, the checkpoint has {value_of(stored, name)!r}"
+        for name in keys(RunConfig)
+        if name not in allowed and value_of(config, name) != value_of(stored, name)
+    ]
+    if differing:
+        names = " ".join(line.split(" = ")[0] for line in differing)
+        raise ConfigError(
+            f"the config differs from the checkpoint's: {'; '.join(differing)}. Restore the values, start a new run "
+            f"with another --run.dir, or accept the change with --run.allow-changes {names}"
+        )
+
+
+def with_values(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The config with some keys replaced: with_values(config, run={"num_steps": 5})."""
+    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **replaced)

@@ -1,0 +1,142 @@
+"""What a person sees of a run: one line a step, metrics.jsonl, TensorBoard.
+
+TensorBoard tags: train/loss, optim/learning_rate, optim/grad_norm, perf/tokens_per_s_per_device,
+perf/mfu, perf/step_s, perf/memory_gib, data/tokens_seen, data/epoch, validation/loss, validation/perplexity,
+validation/bits_per_byte; the resolved config as text under run/config.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from evaluation.report import read_metrics
+
+_TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "optim/learning_rate",
+    "grad_norm": "optim/grad_norm",
+    "tokens_per_s_per_device": "perf/tokens_per_s_per_device",
+    "mfu": "perf/mfu",
+    "step_s": "perf/step_s",
+    "memory_gib": "perf/memory_gib",
+    "tokens_seen": "data/tokens_seen",
+    "epoch": "data/epoch",
+    "validation_loss": "validation/loss",
+    "validation_perplexity": "validation/perplexity",
+    "validation_bits_per_byte": "validation/bits_per_byte",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One committed (or skipped) optimizer step, as it stands in metrics.jsonl."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s_per_device: float
+    mfu: float | None
+    memory_gib: float
+    step_s: float
+    tokens_seen: int
+    epoch: float
+    skipped: bool = False
+
+
+class RunLog:
+    """Writes a run's records; rank 0 has one, other ranks none. A resumed run continues the files where it resumes."""
+
+    def __init__(self, folder: Path, first_step: int, config_toml: str):
+        self._path = folder / "metrics.jsonl"
+        _drop_records_after(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        # purge_step hides what an earlier life of the run logged after the checkpoint it now resumes from.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._mean_step_s = 0.0
+        self._board.add_text("run/config", f"```toml\n{config_toml}\n```", first_step)
+
+    def step(self, record: StepRecord, num_steps: int) -> None:
+        """Logs one step everywhere and prints its line."""
+        self._write(dataclasses.asdict(record))
+        # The running mean of about twenty steps: steady, yet it follows a change of speed. The first step warms up.
+        self._mean_step_s = 0.95 * self._mean_step_s + 0.05 * record.step_s if self._mean_step_s else record.step_s
+        print(format_step(record, num_steps, self._mean_step_s * (num_steps - record.step)), flush=True)
+
+    def validation(self, step: int, loss: float, perplexity: float, bits_per_byte: float) -> None:
+        """Logs one validation everywhere and prints its line."""
+        values = {
+            "validation_loss": loss,
+            "validation_perplexity": perplexity,
+            "validation_bits_per_byte": bits_per_byte,
+        }
+        self._write({"step": step, **values})
+        print(
+            f"valid {step:>7,}  loss {loss:.4f}  perplexity {perplexity:,.2f}  bits/byte {bits_per_byte:.4f}",
+            flush=True,
+        )
+
+    def note(self, text: str) -> None:
+        """Prints a line that is not a measurement."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # JSON has no NaN: a skipped step's non-finite loss is null, and every reader can parse the line.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        for key, tag in _TENSORBOARD_TAGS.items():
+            if finite.get(key) is not None:
+                self._board.add_scalar(tag, finite[key], record["step"])
+
+
+def format_step(record: StepRecord, num_steps: int, seconds_left: float) -> str:
+    """One step as a line of fixed columns."""
+    mfu = f"{record.mfu:6.1%}" if record.mfu is not None else "   n/a"
+    return (
+        f"step {record.step:>8,}/{num_steps:,}  loss {record.loss:7.4f}  lr {record.learning_rate:.2e}  "
+        f"gnorm {record.grad_norm:7.3f}  {record.tokens_per_s_per_device:>9,.0f} tok/s/dev  mfu {mfu}  "
+        f"mem {record.memory_gib:5.1f} GiB  eta {format_duration(seconds_left)}"
+        + ("  SKIPPED: not finite" if record.skipped else "")
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """3 d 04 h, 2 h 05 m or 3 m 20 s."""
+    if not math.isfinite(seconds):
+        return "n/a"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h:02} h"
+    return f"{h} h {m:02} m" if h else f"{m} m {s:02} s"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Removes what was logged after the checkpoint: those steps are about to be trained again."""
+    records = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    if path.is_file():
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        aside.replace(path)

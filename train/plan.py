@@ -1,0 +1,160 @@
+"""The dry run: what a run will compute, hold and write, by arithmetic, before anything is allocated."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from data_prep.config_file import ConfigError, to_toml
+from data_prep.manifest import Manifest
+from model.config import ModelConfig
+from model.flops import flops_per_token, num_params
+from train.config import RunConfig
+from train.sharding import compute_dtype
+
+_GIB = 2**30
+# What the allocator, the framework and the collectives take beside the tensors counted here.
+_RESERVE_BYTES = 1.5 * _GIB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one device at the peak of a step, at the end of the forward of the loss."""
+
+    master_weights: int
+    gradients: int
+    moments: int
+    gathered_weights: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def activation_bytes_per_token(model: ModelConfig, compute_bytes: int, recompute_blocks: bool) -> int:
+    """Bytes that the forward of all blocks keeps for the backward, per token of the micro-batch.
+
+    Of each block: the inputs of both norms and of the four matrices, q, k and v before and after RoPE, attention's
+    output and log-sum-exp, the packed gate|up, silu(gate) and the product. With recomputation: the input of each block,
+    and the whole of the one being run again.
+    """
+    d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
+    elements = 4 * d + (q + 2 * kv) + (q + kv) + q + 4 * f
+    block = elements * compute_bytes + 4 * model.num_heads + 8
+    if model.qk_norm:
+        block += (q + kv) * compute_bytes + 4 * (model.num_heads + model.num_kv_heads)
+    if recompute_blocks:
+        return model.num_layers * d * compute_bytes + block
+    return model.num_layers * block
+
+
+def estimate_memory(config: RunConfig, world_size: int, dtype: torch.dtype) -> Memory:
+    """Memory of one device for a step of `config` on `world_size` devices."""
+    parameters = num_params(config.model)
+    compute_bytes = dtype.itemsize
+    master_bytes = 8 if dtype == torch.float64 else 4
+    num_shards = max(1, world_size // config.parallel.replicas)
+    is_sharded = world_size > 1 or compute_bytes != master_bytes
+    held = parameters * master_bytes // num_shards
+    gathered = 0
+    if is_sharded:
+        # Without resharding all weights stay gathered; with it, the two blocks in flight and the embeddings do.
+        embeddings = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_embeddings else 2)
+        per_block = (parameters - embeddings) // config.model.num_layers
+        gathered = compute_bytes * (embeddings + 2 * per_block if config.parallel.reshard_after_forward else parameters)
+    gradients = held
+    if is_sharded and config.num_micro_batches(world_size) > 1:
+        gradients += parameters * master_bytes  # whole sums of the accumulated micro-batches, not yet scattered
+    tokens = config.data.micro_batch_sequences * config.data.sequence_length
+    per_token = activation_bytes_per_token(config.model, compute_bytes, config.parallel.recompute_blocks)
+    final = 2 * config.model.hidden_size * compute_bytes
+    # Logits in the compute dtype, their log-softmax and its gradient in at least fp32.
+    logit_bytes = config.model.vocab_size * (compute_bytes + 2 * max(4, compute_bytes))
+    return Memory(
+        master_weights=held,
+        gradients=gradients,
+        moments=2 * held,
+        gathered_weights=gathered,
+        activations=tokens * (per_token + final),
+        logits=tokens * logit_bytes,
+    )
+
+
+def checkpoint_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Size of one checkpoint: weights and two moments; the rest is small."""
+    return 3 * num_params(model) * (8 if dtype == torch.float64 else 4)
+
+
+def device_memory_bytes(device_type: str, local_world_size: int) -> int | None:
+    """Memory one process may use, None if there is no such device here to ask."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size
+
+
+def describe(config: RunConfig, manifest: Manifest | None, world_size: int, dtype: torch.dtype) -> str:
+    """The plan as text: resolved config, sizes, speeds that can be computed, and what will be written."""
+    memory = estimate_memory(config, world_size, dtype)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    tokens = config.batch_tokens * config.run.num_steps
+    num_checkpoints = -(-config.run.num_steps // config.run.save_every)
+    disk = checkpoint_bytes(config.model, dtype) * (min(num_checkpoints, config.run.keep_checkpoints) + 1)
+    rows = [
+        ("devices", f"{world_size}, {config.num_micro_batches(world_size)} micro-batches per step each, {dtype}"),
+        ("parameters", f"{num_params(config.model):,}"),
+        ("model FLOPs", f"{flops:.4g} per token, {flops * tokens:.3g} in all"),
+        ("tokens", f"{config.batch_tokens:,} per step, {tokens:,} in all"),
+        ("data", _describe_data(config, manifest)),
+        *((name.replace("_", " "), _gib(value)) for name, value in dataclasses.asdict(memory).items()),
+        ("memory per device", f"{_gib(memory.total)} (estimate, plus about {_gib(_RESERVE_BYTES)} of the framework)"),
+        ("checkpoints", f"{num_checkpoints} of {_gib(checkpoint_bytes(config.model, dtype))}"),
+        ("disk", f"{_gib(disk)} in {config.run.dir} ({config.run.keep_checkpoints} kept, one being written)"),
+    ]
+    lines = [f"{name:<18} {value}" for name, value in rows]
+    return to_toml(config) + "\n" + "\n".join(lines)
+
+
+def refuse_impossible(config: RunConfig, device_type: str, world_size: int, local_world_size: int) -> None:
+    """Says what cannot fit, before anything is allocated.
+
+    Raises:
+        ConfigError: the batch does not split, or memory or disk are too small for the estimate.
+    """
+    config.num_micro_batches(world_size)
+    dtype = compute_dtype(config.parallel, torch.device(device_type))
+    needed = estimate_memory(config, world_size, dtype).total
+    available = device_memory_bytes(device_type, local_world_size)
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"one step needs about {_gib(needed)} per device, this machine has {_gib(available)} for each of its "
+            f"{local_world_size} process(es); lower --data.micro-batch-sequences "
+            f"(now {config.data.micro_batch_sequences}), set --parallel.recompute-blocks True, use more devices, or "
+            "choose a smaller model"
+        )
+    folder = Path(config.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    # One being written beside the kept ones; those already there take no new space, so this errs on the safe side.
+    wanted = 2 * checkpoint_bytes(config.model, dtype)
+    if free < wanted:
+        raise ConfigError(
+            f"{folder} has {_gib(free)} free, two checkpoints need {_gib(wanted)}; free some or set another --run.dir"
+        )
+
+
+def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:
+    if manifest is None:
+        return f"{config.data.path}: not prepared yet (`make prepare-data`)"
+    available = sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
+    epochs = config.batch_tokens * config.run.num_steps / max(1, available)
+    return f"{available:,} tokens in {config.data.path}, so {epochs:.2f} epochs"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"

@@ -1,0 +1,112 @@
+"""Pretrains a language model.
+
+    torchrun --nproc_per_node=8 train/pretrain.py [configs/run.toml] [--section.key value ...]
+    python train/pretrain.py configs/smoke.toml                           one device, CPU or GPU
+    python train/pretrain.py --dry-run                                    what would be computed, held and written
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host:29400 train/pretrain.py
+
+A run continues from the newest checkpoint in run.dir. SIGTERM, SIGINT or SIGUSR1 stops it at the next step boundary,
+after a checkpoint. Exit codes: 0 done, 65 bad data, 70 loss not finite, 75 stopped and saved, 78 bad config.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.config_file import ConfigError, parse
+from train.config import RunConfig
+
+if TYPE_CHECKING:
+    from train.ranks import Ranks
+
+BAD_DATA, NOT_FINITE, BAD_CONFIG = 65, 70, 78
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        wanted = [argument for argument in arguments if argument != "--dry-run"]
+        config = parse(RunConfig, wanted, prog="train/pretrain.py [--dry-run]", description=__doc__)
+    except ConfigError as error:
+        return _fail(error, BAD_CONFIG)
+    # After parsing: --help and a mistyped key should not wait for torch.
+    from data_prep.manifest import ManifestError
+    from data_prep.shards import ShardError
+    from data_prep.tokenizer import TokenizerError
+    from model.convert import ConvertError
+    from resume.checkpoint import CheckpointError
+    from resume.manifest import DataError
+    from train.loop import NotFiniteError
+
+    try:
+        return dry_run(config) if "--dry-run" in arguments else pretrain(config)
+    except (DataError, ManifestError, ShardError, TokenizerError) as error:
+        return _fail(error, BAD_DATA)
+    except (ConfigError, CheckpointError, ConvertError) as error:
+        return _fail(error, BAD_CONFIG)
+    except NotFiniteError as error:
+        return _fail(error, NOT_FINITE)
+
+
+def dry_run(config: RunConfig) -> int:
+    """Prints the plan; fails if it cannot fit. WORLD_SIZE=8 in the environment plans for eight devices."""
+    import torch
+
+    from data_prep.manifest import ManifestError, read_manifest
+    from train import plan
+    from train.sharding import compute_dtype
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    wants_cpu = config.parallel.device == "cpu" or (config.parallel.device == "auto" and not torch.cuda.is_available())
+    device_type = "cpu" if wants_cpu else "cuda"
+    try:
+        manifest = read_manifest(Path(config.data.path))
+    except ManifestError:
+        manifest = None
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(plan.describe(config, manifest, world_size, compute_dtype(config.parallel, torch.device(device_type))))
+    plan.refuse_impossible(config, device_type, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return 0
+
+
+def pretrain(config: RunConfig) -> int:
+    """Trains, or goes on training, and returns the exit code."""
+    from train import plan, ranks
+
+    this = ranks.start(config.parallel.device)
+    try:
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        plan.refuse_impossible(config, this.device.type, this.world_size, local_world_size)
+        return _pretrain(config, this)
+    finally:
+        ranks.stop()
+
+
+def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
+    from evaluation.report import write_report
+    from train.assemble import open_data, open_run
+    from train.loop import train
+    from train.signals import STOPPED
+
+    data = open_data(config)
+    with open_run(config, data, ranks) as (trainer, progress):
+        finished = train(trainer, progress)
+        if finished.step < config.run.num_steps:
+            if trainer.log is not None:
+                trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
+            return STOPPED
+    if ranks.is_first:
+        print(f"report: {write_report(Path(config.run.dir))}")
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

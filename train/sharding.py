@@ -1,0 +1,88 @@
+"""From a model config to a model on its devices: built without memory, sharded, then filled."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from data_prep.config_file import ConfigError
+from model.config import ModelConfig
+from model.transformer import Block, Transformer
+from resume.regions import copy_whole
+from train.config import ParallelSection
+from train.ranks import Ranks
+
+WholeValue = Callable[[str, torch.Size], Tensor]
+"""(parameter name, whole shape) -> the whole value."""
+
+
+def compute_dtype(config: ParallelSection, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products and activations."""
+    precision = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+
+
+def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, value: WholeValue) -> Transformer:
+    """Builds the model of a run, with every parameter set to its part of `value(name, shape)`.
+
+    Parameters are fp32 (fp64 for fp64 runs); under bf16, FSDP computes on a bf16 copy. A single fp32 or fp64 device
+    needs neither gathering nor casting and gets the plain module.
+
+    Raises:
+        ConfigError: parallel.replicas does not divide the number of ranks.
+    """
+    dtype = compute_dtype(parallel, ranks.device)
+    master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.device("meta"):
+        model = Transformer(config).to(master_dtype)
+    # Memory that is reserved but never touched costs nothing: no rank ever holds the whole model, only its part of it.
+    model.to_empty(device="cpu")
+    model.tie()
+    for block in blocks_of(model):
+        block.recompute = parallel.recompute_blocks
+        if parallel.compile == "on" or (parallel.compile == "auto" and ranks.device.type == "cuda"):
+            block.compile_body()
+    if ranks.world_size > 1 or dtype != master_dtype:
+        _shard(model, parallel, ranks, dtype)
+    else:
+        model.to(ranks.device)
+    for name, parameter in model.named_parameters():
+        copy_whole(parameter, value(name, parameter.shape))
+    return model
+
+
+def blocks_of(model: Transformer) -> list[Block]:
+    """The model's blocks, typed."""
+    return [block for block in model.blocks if isinstance(block, Block)]
+
+
+def sync_gradients(model: nn.Module, is_last: bool) -> None:
+    """Tells FSDP whether this backward is the step's last: only then are gradients summed over ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
+def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype) -> None:
+    if ranks.world_size % parallel.replicas:
+        raise ConfigError(f"parallel.replicas = {parallel.replicas} does not divide the {ranks.world_size} devices")
+    shape, names = (ranks.world_size,), ("shard",)
+    if parallel.replicas > 1:
+        shape, names = (parallel.replicas, ranks.world_size // parallel.replicas), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    # Inputs are not cast: activations already have the compute dtype, and the RoPE tables stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": parallel.reshard_after_forward}
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Gradients are sums over all ranks: the loss is already divided by the global number of targets. gloo has
+            # no pre-multiplied sum, hence the second call.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
