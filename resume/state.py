@@ -18,6 +18,7 @@ class DataState:
     sequence_length: int
     file_ids: tuple[str, ...]
     tokenizer_digest: str
+    eos_id: int
     position: int = 0
     """Samples consumed, over all epochs."""
     tokens_seen: int = 0
@@ -39,13 +40,14 @@ class DataState:
         }
 
 
-def start(order: Order, tokenizer_digest: str) -> DataState:
+def start(order: Order, *, tokenizer_digest: str, eos_id: int) -> DataState:
     """The state of a run that has read nothing."""
     return DataState(
         seed=order.seed,
         sequence_length=order.sequence_length,
         file_ids=tuple(file.file_id for file in order.files),
         tokenizer_digest=tokenizer_digest,
+        eos_id=eos_id,
     )
 
 
@@ -81,7 +83,7 @@ def refuse_other_data(state: DataState, fresh: DataState) -> None:
             f"the data folder changed since the checkpoint: {len(gone)} of its {len(state.file_ids)} training shards "
             f"are gone, {len(new)} are new. Restore the shards, or start a new run with another --run.dir"
         )
-    for name in ("tokenizer_digest", "seed", "sequence_length"):
+    for name in ("tokenizer_digest", "eos_id", "seed", "sequence_length"):
         if getattr(state, name) != getattr(fresh, name):
             raise DataError(
                 f"{name} is {getattr(fresh, name)}, the checkpoint was trained with {getattr(state, name)}; "

@@ -57,7 +57,7 @@ def open_data(config: RunConfig) -> Data:
             f"model.vocab_size = {config.model.vocab_size}, but {folder} was encoded with {manifest.vocab_size} token "
             f"ids; set --model.vocab-size {manifest.vocab_size} or more"
         )
-    tokenizer = load_tokenizer(folder / manifest.tokenizer_file)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer_file, eos_id=manifest.eos_id)
     if tokenizer.digest != manifest.tokenizer_digest:
         raise DataError(
             f"{tokenizer.file}: digest {tokenizer.digest}, the shards were encoded with {manifest.tokenizer_digest}; "
@@ -78,7 +78,7 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
         ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or is damaged.
     """
     order = Order(data.training, seed=config.run.seed, sequence_length=config.data.sequence_length)
-    fresh = state.start(order, data.tokenizer.digest)
+    fresh = state.start(order, tokenizer_digest=data.manifest.tokenizer_digest, eos_id=data.manifest.eos_id)
     folder = checkpoint.latest(Path(config.run.dir))
     progress = _progress(folder, config, fresh)
     model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))

@@ -20,7 +20,7 @@ from train.metrics import RunLog, StepRecord, memory_gib
 from train.optim import clip_factor, scale_gradients, set_learning_rate, squared_grad_norm, state_tensors
 from train.ranks import Ranks, device_name
 from train.schedule import learning_rate
-from train.sharding import sync_gradients
+from train.sharding import reshard, sync_gradients
 from train.signals import StopRequest
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -164,6 +164,7 @@ def _validate(trainer: Trainer, progress: Progress) -> None:
     if trainer.validate is None:
         return
     mine = trainer.validate()
+    reshard(trainer.model)
     score = Score(*trainer.ranks.sum_all([mine.loss_sum, mine.num_targets, mine.num_bytes]))
     if trainer.log is not None:
         trainer.log.validation(progress.step, score.loss_mean, score.perplexity, score.bits_per_byte)

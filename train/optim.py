@@ -36,6 +36,8 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping
     """Everything that training changes, by name: `model.<parameter>` and `optim.<parameter>.<state>`."""
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
+        # A gathered copy in a parameter's place would be saved as the parameter, without moments.
+        assert p in optimizer.state, f"{name} is not what the optimizer updates"
         tensors[f"model.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
             tensors[f"optim.{name}.{key}"] = value

@@ -36,25 +36,28 @@ class Memory:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def activation_bytes_per_token(model: ModelConfig, compute_bytes: int, recompute_blocks: bool) -> int:
-    """Bytes that the forward of all blocks keeps for the backward, per token of the micro-batch.
+def activation_bytes_per_token(
+    model: ModelConfig, compute_bytes: int, *, recompute_blocks: bool, fused_norms: bool
+) -> int:
+    """Bytes that the forward keeps for the backward, per token of the micro-batch, logits apart.
 
-    Of each block: the inputs of both norms and of the four matrices, q, k and v before and after RoPE, attention's
-    output and log-sum-exp, the packed gate|up, silu(gate) and the product. With recomputation: the input of each block,
-    and the whole of the one being run again.
+    Of each block: the inputs and outputs of both norms (and, where they are not fused, what lies between), q, k and v
+    before and after RoPE, attention's output and log-sum-exp, the packed gate|up, silu(gate) and the product. With
+    recomputation: the input of each block, and the whole of the one being run again.
     """
     d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
-    elements = 4 * d + (q + 2 * kv) + (q + kv) + q + 4 * f
-    block = elements * compute_bytes + 4 * model.num_heads + 8
-    if model.qk_norm:
-        block += (q + kv) * compute_bytes + 4 * (model.num_heads + model.num_kv_heads)
-    if recompute_blocks:
-        return model.num_layers * d * compute_bytes + block
-    return model.num_layers * block
+    norm = 2 * d if fused_norms else 3 * d
+    elements = 2 * norm + (q + 2 * kv) + (q + kv) + q + 4 * f
+    if model.qk_norm and not fused_norms:
+        elements += q + kv
+    block = elements * compute_bytes + 4 * model.num_heads
+    blocks = model.num_layers * d * compute_bytes + block if recompute_blocks else model.num_layers * block
+    return blocks + norm * compute_bytes
 
 
-def estimate_memory(config: RunConfig, world_size: int, dtype: torch.dtype) -> Memory:
+def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Memory:
     """Memory of one device for a step of `config` on `world_size` devices."""
+    dtype = compute_dtype(config.parallel, torch.device(device_type))
     parameters = num_params(config.model)
     compute_bytes = dtype.itemsize
     master_bytes = 8 if dtype == torch.float64 else 4
@@ -71,8 +74,12 @@ def estimate_memory(config: RunConfig, world_size: int, dtype: torch.dtype) -> M
     if is_sharded and config.num_micro_batches(world_size) > 1:
         gradients += parameters * master_bytes  # whole sums of the accumulated micro-batches, not yet scattered
     tokens = config.data.micro_batch_sequences * config.data.sequence_length
-    per_token = activation_bytes_per_token(config.model, compute_bytes, config.parallel.recompute_blocks)
-    final = 2 * config.model.hidden_size * compute_bytes
+    per_token = activation_bytes_per_token(
+        config.model,
+        compute_bytes,
+        recompute_blocks=config.parallel.recompute_blocks,
+        fused_norms=device_type == "cuda",
+    )
     # Logits in the compute dtype, their log-softmax and its gradient in at least fp32.
     logit_bytes = config.model.vocab_size * (compute_bytes + 2 * max(4, compute_bytes))
     return Memory(
@@ -80,7 +87,7 @@ def estimate_memory(config: RunConfig, world_size: int, dtype: torch.dtype) -> M
         gradients=gradients,
         moments=2 * held,
         gathered_weights=gathered,
-        activations=tokens * (per_token + final),
+        activations=tokens * per_token,
         logits=tokens * logit_bytes,
     )
 
@@ -97,9 +104,10 @@ def device_memory_bytes(device_type: str, local_world_size: int) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size
 
 
-def describe(config: RunConfig, manifest: Manifest | None, world_size: int, dtype: torch.dtype) -> str:
-    """The plan as text: resolved config, sizes, speeds that can be computed, and what will be written."""
-    memory = estimate_memory(config, world_size, dtype)
+def describe(config: RunConfig, manifest: Manifest | None, device_type: str, world_size: int) -> str:
+    """The plan as text: resolved config, sizes, and what will be written."""
+    dtype = compute_dtype(config.parallel, torch.device(device_type))
+    memory = estimate_memory(config, device_type, world_size)
     flops = flops_per_token(config.model, config.data.sequence_length)
     tokens = config.batch_tokens * config.run.num_steps
     num_checkpoints = -(-config.run.num_steps // config.run.save_every)
@@ -127,7 +135,7 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     """
     config.num_micro_batches(world_size)
     dtype = compute_dtype(config.parallel, torch.device(device_type))
-    needed = estimate_memory(config, world_size, dtype).total
+    needed = estimate_memory(config, device_type, world_size).total
     available = device_memory_bytes(device_type, local_world_size)
     if available is not None and needed > available:
         raise ConfigError(

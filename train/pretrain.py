@@ -57,7 +57,6 @@ def dry_run(config: RunConfig) -> int:
 
     from data_prep.manifest import ManifestError, read_manifest
     from train import plan
-    from train.sharding import compute_dtype
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     wants_cpu = config.parallel.device == "cpu" or (config.parallel.device == "auto" and not torch.cuda.is_available())
@@ -67,7 +66,7 @@ def dry_run(config: RunConfig) -> int:
     except ManifestError:
         manifest = None
     if int(os.environ.get("RANK", "0")) == 0:
-        print(plan.describe(config, manifest, world_size, compute_dtype(config.parallel, torch.device(device_type))))
+        print(plan.describe(config, manifest, device_type, world_size))
     plan.refuse_impossible(config, device_type, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     return 0
 

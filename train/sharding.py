@@ -66,6 +66,13 @@ def sync_gradients(model: nn.Module, is_last: bool) -> None:
         model.set_reshard_after_backward(is_last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees FSDP's gathered weights, which a forward without backward leaves in place of the sharded parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype) -> None:
     if ranks.world_size % parallel.replicas:
         raise ConfigError(f"parallel.replicas = {parallel.replicas} does not divide the {ranks.world_size} devices")

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_every_token_of_a_shard_but_its_first_is_a_target_once(data: Path, lengt
         samples = [reader.read(index, i) for i in range(file.num_samples(length))]
         assert all(2 <= len(sample) <= length + 1 for sample in samples)
         assert np.array_equal(np.concatenate([sample[1:] for sample in samples]), open_tokens(file.path)[1:])
-        assert all(a[-1] == b[0] for a, b in zip(samples, samples[1:], strict=False))
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(samples))
     reader.close()
 
 

@@ -36,7 +36,10 @@ def test_a_config_written_and_read_back_is_equal(tmp_path: Path):
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path):
     path = tmp_path / "run.toml"
-    path.write_text('[optim]\npeak_lr = 1e-3\nwarmup_steps = 7\n[model]\npreset = "smoke"\nnum_layers = 2\n[data]\nsequence_length = 64\n')
+    path.write_text(
+        "[optim]\npeak_lr = 1e-3\nwarmup_steps = 7\n[data]\nsequence_length = 64\n"
+        '[model]\npreset = "smoke"\nnum_layers = 2\n'
+    )
     config = parsed(str(path), "--optim.peak-lr", "2e-3")
     assert (config.optim.peak_lr, config.optim.warmup_steps, config.optim.beta1) == (2e-3, 7, 0.9)
     assert config.model == dataclasses.replace(ModelConfig.preset("smoke"), num_layers=2)

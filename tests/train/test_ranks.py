@@ -6,22 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ModelConfig
 from resume import checkpoint
 from tests.prepared import write_data
 from tests.processes import run_ranks
+from tests.runs import tiny_run
 from train import pretrain
-from train.config import RunConfig, with_values
-
-TINY = ModelConfig(
-    vocab_size=300,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    ffn_size=40,
-)
+from train.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +20,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data_folder: Path, run: Path, **sections: dict[str, Any]) -> RunConfig:
-    base = with_values(
-        RunConfig(model=TINY),
-        run={"dir": str(run), "num_steps": 6, "save_every": 3, "validate_every": 6, "keep_checkpoints": 9},
-        data={
-            "path": str(data_folder),
-            "sequence_length": 32,
-            "batch_sequences": 12,
-            "micro_batch_sequences": 2,
-            "validation_sequences": 5,
-        },
-        # A norm this low is always exceeded: clipping is part of what must agree.
-        optim={"peak_lr": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.1},
-        parallel={"device": "cpu", "precision": "fp64"},
-    )
-    return with_values(base, **sections)
+    """In fp64, where what differs by rounding agrees to 1e-12."""
+    sections["parallel"] = {"precision": "fp64", **sections.get("parallel", {})}
+    return tiny_run(data_folder, run, **sections)
 
 
 def trained(config: RunConfig, world_size: int, folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,144 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resume import checkpoint
+from resume.checkpoint import CheckpointError
+from resume.regions import Region
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.a": torch.randn(5, 3, generator=generator),
+        "model.b": torch.randn(7, generator=generator).bfloat16(),
+        "optim.a.step": torch.tensor(3.0),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return checkpoint.save(tmp_path / "run", 12, tensors(), {"data": {"position": 4}}, "[run]\n", keep=3)
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(saved: Path):
+    target = {name: torch.zeros_like(value) for name, value in tensors().items()}
+    record = checkpoint.load_into(saved, target)
+    assert (record["step"], record["data"]) == (12, {"position": 4})
+    assert all(torch.equal(target[name], value) for name, value in tensors().items())
+    whole = checkpoint.read_tensors(saved, "model.")
+    assert set(whole) == {"a", "b"}
+    assert torch.equal(whole["b"], tensors()["model.b"])
+
+
+def test_the_newest_checkpoint_is_the_highest_number(tmp_path: Path):
+    for step in (960_000, 1_000_000, 99):
+        (tmp_path / f"step-{step}").mkdir()
+    for other in ("step-2000000.tmp", "step-3000000.del", "step-x", "step-"):
+        (tmp_path / other).mkdir()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-1000000"
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_leftovers_of_a_killed_save_do_not_matter(tmp_path: Path):
+    run = tmp_path / "run"
+    leftover = run / "step-5.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "garbage").write_text("half")
+    checkpoint.save(run, 5, tensors(), {}, "", keep=1)
+    assert sorted(path.name for path in run.iterdir()) == ["step-5"]
+    assert not (run / "step-5" / "garbage").exists()
+
+
+def test_saving_the_same_step_again_replaces_it(saved: Path):
+    checkpoint.save(saved.parent, 12, tensors(seed=1), {}, "", keep=3)
+    assert torch.equal(checkpoint.read_tensors(saved, "model.")["a"], tensors(seed=1)["model.a"])
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_flipped_bit_in_any_file_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    folder = checkpoint.save(tmp_path_factory.mktemp("run"), 1, tensors(), {"data": 1}, "[run]\n", keep=1)
+    hashed = [path for path in sorted(folder.iterdir()) if path.name != "record.json"]
+    path = data.draw(st.sampled_from(hashed))
+    content = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{path.name}.*damaged"):
+        checkpoint.load_into(folder, tensors())
+
+
+def test_a_missing_file_is_named(saved: Path):
+    (saved / "rank-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: missing"):
+        checkpoint.load_into(saved, tensors())
+
+
+def test_a_cut_record_and_another_format_are_refused(saved: Path):
+    record = saved / "record.json"
+    text = record.read_text()
+    record.write_text(text[:-20])
+    with pytest.raises(CheckpointError, match=r"record\.json: unreadable"):
+        checkpoint.read_record(saved)
+    record.write_text(json.dumps({**json.loads(text), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        checkpoint.read_record(saved)
+    record.unlink()
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.read_record(saved)
+
+
+def test_a_record_that_points_outside_its_folder_is_refused(saved: Path, tmp_path: Path):
+    shutil.move(saved / "config.toml", tmp_path / "config.toml")
+    record = saved / "record.json"
+    table = json.loads(record.read_text())
+    table["files"]["../../config.toml"] = table["files"].pop("config.toml")
+    record.write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match="not a file of this folder"):
+        checkpoint.load_into(saved, tensors())
+
+
+def test_names_shapes_and_dtypes_must_agree(saved: Path):
+    renamed = {name.replace("model.b", "model.c"): value for name, value in tensors().items()}
+    with pytest.raises(CheckpointError, match=r"lacks tensors \['model\.c'\], has unknown ones \['model\.b'\]"):
+        checkpoint.load_into(saved, renamed)
+    with pytest.raises(CheckpointError, match=r"model\.a is \(\(5, 3\), 'float32'\), this run has \(\(3, 5\)"):
+        checkpoint.load_into(saved, {**tensors(), "model.a": torch.zeros(3, 5)})
+    with pytest.raises(CheckpointError, match="bfloat16"):
+        checkpoint.load_into(saved, {**tensors(), "model.b": torch.zeros(7)})
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_publishes_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoint.save(saved.parent, 13, tensors(), {}, "", keep=1)
+    assert checkpoint.latest(saved.parent) == saved
+    assert checkpoint.load_into(saved, tensors())["step"] == 12
+
+
+boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=3).map(
+    lambda pairs: Region(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+)
+
+
+@given(a=boxes, b=boxes)
+def test_the_intersection_of_boxes_is_the_set_of_common_points(a: Region, b: Region):
+    if len(a.shape) != len(b.shape):
+        return
+    whole = torch.zeros((13,) * len(a.shape), dtype=torch.int64)
+    whole[a.slices()] += 1
+    whole[b.slices()] += 2
+    common = a.intersection(b)
+    assert common.is_empty == (not bool((whole == 3).any()))
+    if not common.is_empty:
+        assert bool((whole[common.slices()] == 3).all())
+        assert whole[common.slices()].numel() == int((whole == 3).sum())

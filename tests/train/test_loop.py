@@ -1,0 +1,164 @@
+"""The loop itself, in this process: skipping, stopping, logging."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evaluation.report import read_metrics, write_report
+from model.batch import Batch
+from resume import checkpoint
+from tests.prepared import write_data
+from tests.runs import tiny_run
+from train import pretrain, ranks
+from train.assemble import open_data, open_run
+from train.config import RunConfig
+from train.loop import NotFiniteError, Progress, train
+from train.objectives import next_token_loss
+from train.optim import state_tensors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+def poisoned(steps: set[int], num_micro_batches: int):
+    """next_token_loss, but the second micro-batch of the given steps (from 0) is NaN."""
+    calls = iter(range(10**9))
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        step, micro_batch = divmod(next(calls), num_micro_batches)
+        loss = next_token_loss(model, batch)
+        return loss * torch.nan if step in steps and micro_batch == 1 else loss
+
+    return objective
+
+
+def run_with(config: RunConfig, objective) -> tuple[Progress, dict[str, Tensor]]:
+    this = ranks.start("cpu")
+    try:
+        with open_run(config, open_data(config), this) as (trainer, progress):
+            trainer.objective = objective
+            before = {name: value.clone() for name, value in state_tensors(trainer.model, trainer.optimizer).items()}
+            progress = train(trainer, progress)
+            after = state_tensors(trainer.model, trainer.optimizer)
+            return progress, {name: after[name].clone() for name in before}
+    finally:
+        ranks.stop()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(data: Path, tmp_path: Path):
+    config = tiny_run(data, tmp_path / "run", run={"num_steps": 1})
+    this = ranks.start("cpu")
+    try:
+        with open_run(config, open_data(config), this) as (trainer, progress):
+            trainer.objective = poisoned({0}, 6)
+            before = {name: value.clone() for name, value in state_tensors(trainer.model, trainer.optimizer).items()}
+            progress = train(trainer, progress)
+            after = state_tensors(trainer.model, trainer.optimizer)
+            assert all(torch.equal(before[name], after[name]) for name in before)
+    finally:
+        ranks.stop()
+    assert (progress.step, progress.data.position, progress.data.tokens_seen) == (1, 12, 0)
+    record = next(r for r in read_metrics(tmp_path / "run") if r["step"] == 1)
+    assert record["skipped"]
+    assert record["loss"] is None
+
+
+def test_a_run_goes_on_after_a_bad_step_and_stops_after_several_in_a_row(data: Path, tmp_path: Path):
+    progress, _ = run_with(tiny_run(data, tmp_path / "one"), poisoned({2}, 6))
+    assert progress.step == 6
+    config = tiny_run(data, tmp_path / "many", run={"max_nonfinite_steps": 2})
+    with pytest.raises(NotFiniteError, match="not finite in 2 steps in a row, up to step 5.*checkpoint is step-3"):
+        run_with(config, poisoned({3, 4}, 6))
+
+
+def test_the_loss_falls_and_everything_a_person_looks_for_is_there(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = tiny_run(data, run, run={"num_steps": 40, "validate_every": 20}, optim={"max_grad_norm": 1.0})
+    assert pretrain.pretrain(config) == 0
+    records = read_metrics(run)
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation_loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 41))
+    assert [record["step"] for record in validations] == [0, 20, 40]
+    assert validations[-1]["validation_loss"] < validations[0]["validation_loss"] - 1.5
+    assert validations[-1]["validation_bits_per_byte"] < validations[0]["validation_bits_per_byte"]
+    assert steps[-1]["tokens_seen"] == sum(12 * 32 for _ in steps) - short_targets(data, config, 40 * 12)
+    report = (run / "report.md").read_text()
+    assert "| steps | 40 of 40, 0 skipped" in report
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run / "tokenizer.json").is_file()
+
+
+def short_targets(data: Path, config: RunConfig, num_positions: int) -> int:
+    """Targets that the short last samples of shards lack among the first positions of the order."""
+    import numpy as np
+
+    from resume.order import Order
+
+    order = Order(open_data(config).training, seed=config.run.seed, sequence_length=32)
+    files, samples = order.resolve(np.arange(num_positions))
+    lengths = [min(32, order.files[f].num_targets - 32 * s) for f, s in zip(files, samples, strict=True)]
+    return sum(32 - length for length in lengths)
+
+
+def test_tensorboard_has_the_documented_tags(data: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert pretrain.pretrain(tiny_run(data, tmp_path / "run")) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "optim/learning_rate", "optim/grad_norm", "validation/bits_per_byte"} <= scalars
+    assert "perf/mfu" not in scalars  # unknown on a CPU, so absent rather than guessed
+    assert "run/config/text_summary" in events.Tags()["tensors"]
+
+
+def test_resuming_drops_what_was_logged_after_the_checkpoint(data: Path, tmp_path: Path):
+    config = tiny_run(data, tmp_path / "run")
+    assert pretrain.pretrain(config) == 0
+    whole = read_metrics(tmp_path / "run")
+    (tmp_path / "run" / "step-6").rename(tmp_path / "lost")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut off by a kill
+    assert pretrain.pretrain(config) == 0
+    again = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in again] == [record["step"] for record in whole]
+    assert [r.get("loss") for r in again] == [r.get("loss") for r in whole]
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_run(data, tmp_path / "run")
+    assert pretrain.pretrain(config) == 0
+    before = (tmp_path / "run" / "step-6" / "record.json").read_bytes()
+    assert pretrain.pretrain(config) == 0
+    assert (tmp_path / "run" / "step-6" / "record.json").read_bytes() == before
+    assert "resuming at step 6" in capsys.readouterr().out
+
+
+def test_old_checkpoints_are_deleted_beyond_those_to_keep(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert pretrain.pretrain(tiny_run(data, run, run={"save_every": 1, "keep_checkpoints": 2})) == 0
+    assert checkpoint.steps(run) == [5, 6]
+    assert not list(run.glob("*.del"))
+    assert not list(run.glob("*.tmp"))
+
+
+def test_isolated_documents_and_bf16_train_too(data: Path, tmp_path: Path):
+    config = tiny_run(
+        data, tmp_path / "run", run={"num_steps": 2}, data={"isolate_documents": True}, parallel={"precision": "bf16"}
+    )
+    assert pretrain.pretrain(config) == 0
+    state = checkpoint.read_tensors(tmp_path / "run" / "step-2", "")
+    assert {value.dtype for value in state.values()} == {torch.float32}  # master weights and moments
+
+
+def test_a_report_of_a_run_without_steps_is_refused(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation_loss": 1.0}) + "\n")
+    with pytest.raises(ValueError, match="no trained step"):
+        write_report(tmp_path)

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.config_file import ConfigError
+from kernels.cross_entropy import cross_entropy_sum
+from model.config import ModelConfig
+from model.transformer import Transformer, logits
+from tests.runs import tiny_run
+from train import plan, pretrain
+from train.config import RunConfig, with_values
+
+
+def saved_bytes(model: Transformer, batch: int, length: int) -> int:
+    """Bytes of distinct memory that a forward keeps for its backward, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, model.config.vocab_size, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, readout=lambda hidden, head: cross_entropy_sum(logits(hidden, head), tokens))
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_estimate_of_activations_is_what_autograd_keeps(qk_norm: bool):
+    config = ModelConfig(
+        vocab_size=500, hidden_size=128, num_layers=4, num_heads=8, num_kv_heads=2, head_size=16, ffn_size=352,
+        qk_norm=qk_norm,
+    )  # fmt: skip
+    batch, length = 2, 64
+    found = saved_bytes(Transformer(config), batch, length)
+    run = with_values(
+        RunConfig(model=config),
+        data={"sequence_length": length, "micro_batch_sequences": batch, "batch_sequences": batch},
+    )
+    memory = plan.estimate_memory(run, "cpu", 1)
+    log_softmax = batch * length * 500 * 4
+    assert found == pytest.approx(memory.activations + log_softmax, rel=0.01)
+
+
+def test_memory_per_device_falls_with_the_number_of_devices():
+    config = RunConfig()
+    one, eight = (plan.estimate_memory(config, "cuda", n) for n in (1, 8))
+    assert eight.moments * 8 == pytest.approx(one.moments, rel=1e-6)
+    assert one.moments == 8 * 1_100_048_384
+    recomputed = with_values(config, parallel={"recompute_blocks": True})
+    assert plan.estimate_memory(recomputed, "cuda", 8).activations < eight.activations / 9
+
+
+def test_a_checkpoint_has_the_size_the_plan_says(tmp_path: Path):
+    from tests.prepared import write_data
+
+    config = tiny_run(write_data(tmp_path / "data"), tmp_path / "run", run={"num_steps": 1})
+    assert pretrain.pretrain(config) == 0
+    size = (tmp_path / "run" / "step-1" / "rank-00000.safetensors").stat().st_size
+    expected = plan.checkpoint_bytes(config.model, torch.float32)
+    assert size == pytest.approx(expected, rel=0.15)  # the header's share shrinks with the model
+
+
+def test_the_dry_run_prints_the_plan_and_allocates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code = pretrain.main(["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.path", "nowhere"])
+    text = capsys.readouterr()
+    assert "parameters         1,100,048,384" in text.out
+    assert "7.314e+09 per token" in text.out
+    assert "2,097,152 per step" in text.out
+    assert "not prepared yet" in text.out
+    assert 'schedule = "cosine"' in text.out
+    assert not (tmp_path / "run").exists()
+    assert code in (0, pretrain.BAD_CONFIG)  # whether 1.1B fits depends on the machine
+
+
+def test_what_cannot_fit_is_said_before_anything_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(tmp_path / "nowhere", tmp_path / "run")
+    monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 100_000)
+    with pytest.raises(ConfigError, match=r"needs about .* lower --data\.micro-batch-sequences \(now 2\)"):
+        plan.refuse_impossible(config, "cpu", 1, 1)
+
+
+def test_a_disk_too_small_for_two_checkpoints_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match=r"free, two checkpoints need"):
+        plan.refuse_impossible(tiny_run(tmp_path / "nowhere", tmp_path / "run"), "cpu", 1, 1)
