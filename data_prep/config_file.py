@@ -106,7 +106,7 @@ def keys(config_type: type, section: str = "") -> list[str]:
     names: list[str] = []
     for key, hint in typing.get_type_hints(config_type).items():
         name = f"{section}.{key}" if section else key
-        names += keys(hint, name) if dataclasses.is_dataclass(hint) else [name]
+        names += keys(typing.cast(type, hint), name) if dataclasses.is_dataclass(hint) else [name]
     return names
 
 

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from data_prep import training_sample
+from data_prep.documents import Unit, plan_units
+from data_prep.merge import split_threshold
+
+NUM_FILES, TEXTS_PER_FILE = 20, 30
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> list[Unit]:
+    for i in range(NUM_FILES):
+        lines = [f'{{"text": "file {i:02d} text {j:02d}"}}\n' for j in range(TEXTS_PER_FILE)]
+        (tmp_path / f"{i:02d}.jsonl").write_text("".join(lines) + "a bad line\n")
+    return plan_units(sorted(tmp_path.iterdir()), source="s")
+
+
+def test_a_sample_as_large_as_the_input_has_every_text_once(units: list[Unit]):
+    sample = list(training_sample.texts(units, 10**6, threshold=0))
+    assert len(sample) == len(set(sample)) == NUM_FILES * TEXTS_PER_FILE
+
+
+def test_a_small_sample_has_its_size_and_comes_from_many_files(units: list[Unit]):
+    sample = list(training_sample.texts(units, 1000, threshold=0))
+    assert 1000 <= sum(len(text) for text in sample) < 1020
+    assert len({text[:7] for text in sample}) >= NUM_FILES // 2
+    assert sample == list(training_sample.texts(units, 1000, threshold=0))
+
+
+def test_held_out_texts_are_never_in_the_sample(units: list[Unit]):
+    threshold = split_threshold(0.5)
+    everything = set(training_sample.texts(units, 10**6, threshold=0))
+    held_out = {text for text in everything if xxhash.xxh3_64_intdigest(text.encode()) < threshold}
+    assert 200 < len(held_out) < 400
+    assert set(training_sample.texts(units, 10**6, threshold)) == everything - held_out
