@@ -88,10 +88,10 @@ def _forward_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tu
     rstd_M = torch.empty(num_rows, dtype=_sum_dtype(x), device=x.device)
     block_width, rows_per_tile = _tile(width)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, rows_per_tile),)](
+        _forward_kernel[(-(-num_rows // rows_per_tile),)](
             x_MN, x_MN.stride(0), residual_MN, residual_MN.stride(0), w.contiguous(), y_MN, h_MN, rstd_M, num_rows,
             eps=eps, width=width, HAS_RESIDUAL=residual is not None, IN_FP64=x.dtype == torch.float64,
-            ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),
+            ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     h = h_MN.view(x.shape) if residual is not None else x.new_empty(0)
     return y_MN.view(x.shape), h, rstd_M
@@ -111,13 +111,13 @@ def _backward_op(dy: Tensor, dh: Tensor | None, h: Tensor, w: Tensor, rstd_M: Te
     num_rows, width = h_MN.shape
     dx_MN = torch.empty((num_rows, width), dtype=h.dtype, device=h.device)
     block_width, rows_per_tile = _tile(width)
-    num_programs = num_persistent_programs(h, triton.cdiv(num_rows, rows_per_tile))
+    num_programs = num_persistent_programs(h, -(-num_rows // rows_per_tile))
     # Every program writes its row, also when it got no tile, so nothing here is read unwritten.
     partial_dw_PN = torch.empty((num_programs, width), dtype=_sum_dtype(h), device=h.device)
     _backward_kernel[(num_programs,)](
         dy_MN, dy_MN.stride(0), dh_MN, dh_MN.stride(0), h_MN, h_MN.stride(0), w.contiguous(), rstd_M, dx_MN,
         partial_dw_PN, num_rows, width=width, HAS_DH=dh is not None, IN_FP64=h.dtype == torch.float64,
-        ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),
+        ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dx_MN.view(h.shape), partial_dw_PN.sum(dim=0).to(w.dtype)
 
@@ -154,7 +154,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _tile(width: int) -> tuple[int, int]:
     """(columns, rows) of one tile: a whole row, and as many rows as keep the tile near _TILE_ELEMENTS."""
-    block_width = triton.next_power_of_2(width)
+    block_width = 1 << (width - 1).bit_length()  # tl.arange wants a power of two
     return block_width, max(1, _TILE_ELEMENTS // block_width)
 
 
@@ -171,7 +171,7 @@ def _forward_kernel(
     eps: tl.constexpr, width: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IN_FP64: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    SUM: tl.constexpr = tl.float64 if IN_FP64 else tl.float32
+    SUM: tl.constexpr = tl.float64 if IN_FP64 else tl.float32  # pyright: ignore[reportAssignmentType]
     # int64 before any stride: row * stride passes 2**31 at 1M rows of 2048.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -196,7 +196,7 @@ def _backward_kernel(
     dy_ptr, dy_stride, dh_ptr, dh_stride, h_ptr, h_stride, w_ptr, rstd_ptr, dx_ptr, partial_dw_ptr, num_rows,
     width: tl.constexpr, HAS_DH: tl.constexpr, IN_FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    SUM: tl.constexpr = tl.float64 if IN_FP64 else tl.float32
+    SUM: tl.constexpr = tl.float64 if IN_FP64 else tl.float32  # pyright: ignore[reportAssignmentType]
     column = tl.arange(0, BLOCK)[None, :]
     w = tl.load(w_ptr + column, mask=column < width, other=0.0).to(SUM)
     dw = tl.zeros((1, BLOCK), dtype=SUM)

@@ -67,7 +67,7 @@ def squared_grad_norm(model: nn.Module, rank: int) -> Tensor:
 def scale_gradients(model: nn.Module, factor: float) -> None:
     """Multiplies every gradient by one factor."""
     grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(grads, factor)
+    torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float) -> float:

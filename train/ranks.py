@@ -82,7 +82,7 @@ def start(wanted_device: str) -> Ranks:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
