@@ -6,15 +6,13 @@ TOML file, the flags, `--help` and the resolved file written beside every result
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-import tomli_w
-import tyro
 
 Config = TypeVar("Config")
 
@@ -30,6 +28,8 @@ def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, descript
         ConfigError: unreadable file, unknown or repeated key (with the nearest known one), wrong type, bad value.
         SystemExit: `--help`, or a flag that tyro refuses (it has printed why).
     """
+    import tyro  # here, so that what only loads or holds configs works without it
+
     arguments = list(argv)
     path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
     default = load(path, config_type) if path is not None else config_type()
@@ -98,7 +98,12 @@ def to_table(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """The resolved config as a TOML file that `load` reads back to an equal value."""
-    return tomli_w.dumps(to_table(config))
+    table = to_table(config)
+    scalars = [key for key, value in table.items() if not isinstance(value, dict)]
+    lines = [_line(key, table[key]) for key in scalars]
+    for section in (key for key in table if key not in scalars):
+        lines += ["", f"[{section}]", *(_line(key, value) for key, value in table[section].items())]
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def keys(config_type: type, section: str = "") -> list[str]:
@@ -108,6 +113,11 @@ def keys(config_type: type, section: str = "") -> list[str]:
         name = f"{section}.{key}" if section else key
         names += keys(typing.cast(type, hint), name) if dataclasses.is_dataclass(hint) else [name]
     return names
+
+
+def _line(key: str, value: Any) -> str:
+    # Strings, finite numbers, booleans and lists of them are written alike in JSON and TOML.
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_prep.config_file import ConfigError, load, to_toml
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from evaluation.perplexity import Score, score, shard_batches
+from evaluation.score import Score, score, shard_batches
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
@@ -167,6 +167,7 @@ def _validation(config: RunConfig, data: Data, model: Transformer, ranks: Ranks)
             num_sequences=config.data.validation_sequences,
             batch_size=config.data.micro_batch_sequences,
             eos_id=data.manifest.eos_id,
+            isolate_documents=config.data.isolate_documents,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )

@@ -20,8 +20,8 @@ import numpy as np
 
 from data_prep.manifest import read_manifest
 from data_prep.shards import open_tokens
-from evaluation.perplexity import unigram_entropy
 from evaluation.report import read_metrics
+from evaluation.score import unigram_entropy
 from resume import checkpoint
 from train.signals import STOPPED
 
@@ -46,7 +46,9 @@ def main() -> int:
     ]
     exported = run / "exported"
     _do(["-m", "evaluation.export", str(run), str(exported)])
-    _do(["-m", "evaluation.perplexity", str(exported), "--data", str(data)])
+    # On the sequences of the run's own validations, so that the exported model must score the last one's figures.
+    held_out = ["--sequence-length", "256", "--max-sequences", "128"]
+    _do(["-m", "evaluation.perplexity", str(exported), "--data", str(data), *held_out])
     _summarise(run, data, exported, samples, time.perf_counter() - started_s)
     return 0
 

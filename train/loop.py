@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.config_file import to_toml
-from evaluation.perplexity import Score
+from evaluation.score import Score
 from model.batch import Batch
 from model.flops import flops_per_token, mfu
 from resume import checkpoint, rng

@@ -1,0 +1,138 @@
+"""A path becomes a model: a run folder, one of its checkpoints, or a Hugging Face folder."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.config_file import from_table
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from model.config import ModelConfig
+from model.convert import read_hugging_face
+from model.transformer import Transformer
+from resume.checkpoint import latest, read_record, read_tensors
+
+
+class ModelFolderError(ValueError):
+    """A folder that holds no model we can load, or cannot take one; the message says what was expected there."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model's shape, its weights on the CPU as stored, and its tokenizer; `path` is the folder of the weights."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, and its tokenizer; `path` is the folder of the weights."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    path: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.embedding.weight.device
+
+
+def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> LoadedModel:
+    """Builds the model that path holds; of a run folder, its newest published checkpoint.
+
+    Dtypes: weights become `dtype`, by default bf16 on CUDA and fp32 on the CPU. device "auto" is CUDA where there is
+    one.
+    Raises:
+        ModelFolderError: no model there, damaged weights, a tokenizer that does not fit, or no such device.
+        ConvertError, CheckpointError, TokenizerError: a part of the folder is unreadable.
+    """
+    target = _device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    stored = read_model(path)
+    with torch.device("meta"):
+        model = Transformer(stored.config)
+    try:
+        model.load_state_dict({name: value.to(target, dtype) for name, value in stored.state.items()}, assign=True)
+    except RuntimeError as error:
+        raise ModelFolderError(f"{stored.path}: the weights do not fit the config beside them: {error}") from error
+    model.tie()
+    return LoadedModel(model.eval(), stored.tokenizer, stored.path)
+
+
+def read_model(path: str | Path) -> StoredModel:
+    """Reads what path holds without building it; see `load_model`."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelFolderError(f"{folder}: {what}; expected a run folder, a step-N checkpoint or a Hugging Face folder")
+    if (folder / "record.json").is_file():
+        stored = _read_checkpoint(folder)
+    elif (newest := latest(folder)) is not None:
+        stored = _read_checkpoint(newest)
+    elif (folder / "config.json").is_file():
+        stored = _read_hugging_face(folder)
+    else:
+        raise ModelFolderError(
+            f"{folder}: neither a run with a published checkpoint (step-N/), nor such a checkpoint (record.json), nor "
+            "a Hugging Face folder (config.json)"
+        )
+    _check_vocabulary(stored)
+    return stored
+
+
+def _read_checkpoint(folder: Path) -> StoredModel:
+    """The tokenizer is the run's, one folder up."""
+    try:
+        table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{folder / 'config.toml'}: unreadable: {error}") from error
+    config = from_table(table.get("model", {}), ModelConfig, "model")
+    state = read_tensors(folder, "model.")
+    if config.tie_embeddings:
+        state["head.weight"] = state["embedding.weight"]
+    # Data may have been prepared with another end-of-document token than the tokenizer's usual one.
+    eos_id = read_record(folder).get("data", {}).get("eos_id")
+    tokenizer = load_tokenizer(folder.absolute().parent, eos_id=eos_id)
+    return StoredModel(config, state, tokenizer, folder)
+
+
+def _read_hugging_face(folder: Path) -> StoredModel:
+    config, state = read_hugging_face(folder)
+    eos_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    if isinstance(eos_id, list):
+        eos_id = eos_id[0] if eos_id else None
+    return StoredModel(config, state, load_tokenizer(folder, eos_id=eos_id), folder)
+
+
+def _check_vocabulary(stored: StoredModel) -> None:
+    tokenizer, config = stored.tokenizer, stored.config
+    if max(tokenizer.vocab_size, tokenizer.eos_id + 1) > config.vocab_size:
+        raise ModelFolderError(
+            f"{stored.path}: the tokenizer {tokenizer.file} has {tokenizer.vocab_size} tokens and the end-of-document "
+            f"id {tokenizer.eos_id}, the model only {config.vocab_size} embeddings; they do not belong together"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelFolderError(f"device = {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelFolderError(f"device = {name!r}: no CUDA device is available; use --device cpu")
+    return device

@@ -1,0 +1,37 @@
+"""What every test relies on: where Triton kernels run, how many threads, which tests a machine can run."""
+
+import os
+
+import torch
+
+# Triton decides when a kernel is decorated whether it is interpreted, so this comes before any import of ours. With a
+# GPU the kernels are compiled instead; TRITON_INTERPRET=1 in the environment interprets them there too.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import pytest
+from hypothesis import settings
+
+from kernels import launch
+
+# Examples are drawn from the test's name, so that a failure is everybody's failure.
+settings.register_profile("bessemer", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("bessemer")
+
+# Threads of small operators wait for each other more than they compute: on two busy cores, two are ten times slower.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run_where_they_are_tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, only tests/kernels interprets kernels: the interpreter is a thousand times slower than torch."""
+    if "kernels" not in request.path.parts[-2:]:
+        monkeypatch.setattr(launch, "INTERPRETED", False)

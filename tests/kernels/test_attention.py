@@ -1,0 +1,164 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.attention import (
+    DocumentBoundaries,
+    attention,
+    attention_reference,
+    document_boundaries,
+    has_flash_attn,
+)
+
+EOS = 0
+
+
+def random_heads(
+    batch_size: int, num_queries: int, num_keys: int, num_heads: int, num_kv_heads: int, head_size: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_queries, num_heads), (num_keys, num_kv_heads), (num_keys, num_kv_heads)]
+    q, k, v = (
+        torch.randn(batch_size, length, heads, head_size, generator=generator, dtype=torch.float64)
+        for length, heads in shapes
+    )
+    return q, k, v
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """One query, one head, one row at a time."""
+    out = torch.zeros_like(q)
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    heads_per_group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for t in range(num_queries):
+            last = num_keys - num_queries + t
+            seen = [s for s in range(last + 1) if document_ids is None or document_ids[b, s] == document_ids[b, t]]
+            for h in range(q.shape[2]):
+                keys, values = k[b, seen, h // heads_per_group], v[b, seen, h // heads_per_group]
+                weights = torch.softmax(keys @ q[b, t, h] / math.sqrt(q.shape[-1]), dim=0)
+                out[b, t, h] = weights @ values
+    return out
+
+
+@given(
+    batch_size=st.integers(1, 2),
+    num_queries=st.integers(1, 7),
+    num_cached=st.integers(0, 5),
+    num_kv_heads=st.integers(1, 3),
+    heads_per_group=st.integers(1, 3),
+    head_size=st.sampled_from([2, 6, 8]),
+    seed=st.integers(0, 99),
+)
+def test_output_is_a_softmax_over_the_tokens_before(
+    batch_size, num_queries, num_cached, num_kv_heads, heads_per_group, head_size, seed
+):
+    num_heads = num_kv_heads * heads_per_group
+    q, k, v = random_heads(batch_size, num_queries, num_queries + num_cached, num_heads, num_kv_heads, head_size, seed)
+    torch.testing.assert_close(attention(q, k, v), naive(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12), batch_size=st.integers(1, 2))
+def test_packed_documents_attend_as_if_each_were_alone(tokens, batch_size):
+    ids = torch.tensor([tokens, tokens[::-1]][:batch_size])
+    boundaries = document_boundaries(ids, EOS)
+    q, k, v = random_heads(batch_size, len(tokens), len(tokens), 2, 1, 4)
+    packed = attention(q, k, v, boundaries)
+    torch.testing.assert_close(packed, naive(q, k, v, boundaries.ids_BT), rtol=1e-12, atol=1e-12)
+    starts = boundaries.cumulative_lengths.tolist()
+    flat = [part.flatten(0, 1) for part in (q, k, v)]
+    for start, end in itertools.pairwise(starts):
+        alone = attention(*(part[None, start:end] for part in flat))
+        torch.testing.assert_close(packed.flatten(0, 1)[start:end], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_document_starts_at_each_row_and_after_each_eos():
+    boundaries = document_boundaries(torch.tensor([[5, 6, EOS, 7], [EOS, EOS, 8, 9]]), EOS)
+    assert boundaries.cumulative_lengths.tolist() == [0, 3, 4, 5, 6, 8]
+    assert boundaries.longest == 3
+    ids = boundaries.ids_BT.tolist()
+    assert ids[0][0] == ids[0][2] != ids[0][3]
+    assert len({*ids[0], *ids[1]}) == 5
+    assert boundaries.cumulative_lengths.dtype == boundaries.ids_BT.dtype == torch.int32
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_both_forms_of_boundaries_say_the_same(rows):
+    boundaries = document_boundaries(torch.tensor(rows), EOS)
+    _, counts = boundaries.ids_BT.flatten().unique_consecutive(return_counts=True)
+    lengths = boundaries.cumulative_lengths.diff()
+    assert counts.tolist() == lengths.tolist()
+    assert lengths.sum() == 6 * len(rows)
+    assert boundaries.longest == lengths.max()
+
+
+def test_moving_boundaries_keeps_them():
+    boundaries = document_boundaries(torch.tensor([[1, EOS, 2]]), EOS)
+    moved = boundaries.to(torch.device("cpu"))
+    assert torch.equal(moved.ids_BT, boundaries.ids_BT)
+    assert moved.longest == boundaries.longest
+
+
+def test_gradients_are_right():
+    q, k, v = (part.requires_grad_() for part in random_heads(1, 4, 4, 2, 1, 4))
+    boundaries = document_boundaries(torch.tensor([[3, EOS, 4, 5]]), EOS)
+    assert torch.autograd.gradcheck(lambda *parts: attention(*parts, boundaries), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_low_precision_stays_near_fp64(dtype):
+    q, k, v = random_heads(2, 50, 50, 4, 2, 16)
+    lowered = [part.to(dtype) for part in (q, k, v)]
+    truth = attention(*(part.double() for part in lowered))
+    error = (attention(*lowered).double() - truth).abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "num_heads", "num_kv_heads"),
+    [(3, 3, 4, 3), (4, 3, 2, 2)],
+    ids=["heads that do not divide", "fewer keys than queries"],
+)
+def test_shapes_that_do_not_fit_are_refused(num_queries, num_keys, num_heads, num_kv_heads):
+    q, k, v = random_heads(1, num_queries, num_keys, num_heads, num_kv_heads, 4)
+    with pytest.raises(ValueError, match="at least as many keys as queries, and query heads a multiple"):
+        attention(q, k, v)
+
+
+def test_keys_and_values_of_different_shapes_are_refused():
+    q, k, v = random_heads(1, 3, 3, 2, 2, 4)
+    with pytest.raises(ValueError, match="expected k and v of one shape"):
+        attention(q, k, v[:, :2])
+
+
+def test_boundaries_together_with_a_cache_are_refused():
+    q, k, v = random_heads(1, 2, 3, 2, 2, 4)
+    boundaries = document_boundaries(torch.tensor([[1, 2]]), EOS)
+    with pytest.raises(ValueError, match="not for a cache"):
+        attention(q, k, v, boundaries)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_flash_attn(), reason="needs flash-attn")
+@pytest.mark.parametrize("case", ["whole rows", "documents", "cache"])
+def test_flash_attn_equals_the_reference(case):
+    num_queries = 5 if case == "cache" else 64
+    q, k, v = (part.to("cuda", torch.bfloat16).requires_grad_() for part in random_heads(2, num_queries, 64, 4, 2, 64))
+    boundaries: DocumentBoundaries | None = None
+    if case == "documents":
+        tokens = torch.randint(0, 8, (2, 64), generator=torch.Generator().manual_seed(0))
+        boundaries = document_boundaries(tokens, EOS).to(torch.device("cuda"))
+    found, expected = attention(q, k, v, boundaries), attention_reference(q, k, v, boundaries)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    direction = torch.randn_like(found)
+    for one_found, one_expected in zip(
+        torch.autograd.grad(found, (q, k, v), direction),
+        torch.autograd.grad(expected, (q, k, v), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(one_found, one_expected, rtol=3e-2, atol=3e-2)
