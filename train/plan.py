@@ -80,8 +80,8 @@ def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Mem
         recompute_blocks=config.parallel.recompute_blocks,
         fused_norms=device_type == "cuda",
     )
-    # Logits in the compute dtype, their log-softmax and its gradient in at least fp32.
-    logit_bytes = config.model.vocab_size * (compute_bytes + 2 * max(4, compute_bytes))
+    # Logits in the compute dtype and their log-probabilities, over which the gradient is written, in at least fp32.
+    logit_bytes = config.model.vocab_size * (compute_bytes + max(4, compute_bytes))
     return Memory(
         master_weights=held,
         gradients=gradients,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.cross_entropy import IGNORE, cross_entropy_sum
+from kernels.cross_entropy import IGNORE, cross_entropy_sum, cross_entropy_sum_reference
 
 
 def formula(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,3 +75,23 @@ def test_the_gradient_is_the_softmax_less_the_target():
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"targets \(2, 4\) for logits \(2, 3, 7\)"):
         cross_entropy_sum(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_value_and_gradient_are_the_reference_s(dtype):
+    logits, targets = random_case(3, 40, 70, seed=1)
+    found, expected = (logits.to(dtype).requires_grad_() for _ in range(2))
+    value, reference = cross_entropy_sum(found, targets), cross_entropy_sum_reference(expected, targets)
+    torch.testing.assert_close(value, reference)
+    (0.37 * value).backward()
+    (0.37 * reference).backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
+    logits, targets = random_case(1, 5, 9, seed=2)
+    logits.requires_grad_()
+    loss_sum = cross_entropy_sum(logits, targets)
+    loss_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_sum.backward()
