@@ -82,7 +82,9 @@ def _config(device: torch.device) -> RunConfig:
         data = DataSection(sequence_length=256, batch_sequences=8, micro_batch_sequences=8)
     else:
         model = ModelConfig.preset("tinyllama-1.1b")
-        data = DataSection(sequence_length=2048, batch_sequences=8, micro_batch_sequences=8)
+        # All rows live on the device at once, about 20 GB of weights and moments each.
+        sequences = 8 if torch.cuda.get_device_properties(device).total_memory > 120e9 else 2
+        data = DataSection(sequence_length=2048, batch_sequences=sequences, micro_batch_sequences=sequences)
     return RunConfig(model=model, data=data)
 
 
