@@ -59,7 +59,9 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, boundaries: Docume
     """
     _check(q_BTHK, k_BSGK, v_BSGK, boundaries)
     if q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16) and has_flash_attn():
-        return _flash(q_BTHK, k_BSGK, v_BSGK, boundaries)
+        if boundaries is not None:
+            return _flash_documents(q_BTHK, k_BSGK, v_BSGK, boundaries)
+        return _flash(q_BTHK, k_BSGK, v_BSGK)
     return attention_reference(q_BTHK, k_BSGK, v_BSGK, boundaries)
 
 
@@ -97,14 +99,19 @@ def _mask(num_queries: int, num_keys: int, boundaries: DocumentBoundaries | None
     return (allowed_TS & same_document_BTT)[:, None]
 
 
-def _flash(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, boundaries: DocumentBoundaries | None) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+def _flash(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    if boundaries is None:
-        return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=True)
+    return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=True)
+
+
+@torch.compiler.disable  # the number of documents and the longest one differ in every batch: each would be compiled
+def _flash_documents(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, boundaries: DocumentBoundaries) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
     lengths, longest = boundaries.cumulative_lengths, boundaries.longest
     o_MHK = flash_attn_varlen_func(
-        q_BTHK.flatten(0, 1), k_BSGK.flatten(0, 1), v_BSGK.flatten(0, 1),
+        q_BTHK.flatten(0, 1), k_BTGK.flatten(0, 1), v_BTGK.flatten(0, 1),
         lengths, lengths, longest, longest, causal=True,
     )  # fmt: skip
     return o_MHK.view_as(q_BTHK)

@@ -19,7 +19,7 @@ def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, tim
 
     Forking takes 0.2 s where spawning imports torch anew; the child must set its threads first or it may hang.
     """
-    port = _free_port()
+    port = free_port()
     children: dict[int, int] = {}
     for rank in range(world_size):
         sys.stdout.flush()
@@ -88,7 +88,8 @@ def single_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -17,6 +17,7 @@ from evaluation.report import read_metrics
 from evaluation.score import unigram_entropy
 from resume import checkpoint
 from tests.prepared import write_data
+from tests.processes import free_port
 from tests.runs import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +124,17 @@ def test_the_module_form_and_another_working_directory_work_too(data: Path, tmp_
     script = [sys.executable, str(ROOT / "train" / "pretrain.py"), str(config), "--run.num-steps", "2"]
     subprocess.run(script, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
     assert checkpoint.steps(tmp_path / "run")[-1] == 2
+
+
+@pytest.mark.slow
+def test_two_machines_by_torchrun_s_own_flags_replicate_and_shard(data: Path, tmp_path: Path):
+    config = written(data, tmp_path, parallel={"replicas": 2})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    command = [*torchrun, *rendezvous, "train/pretrain.py", str(config)]
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    record = json.loads((tmp_path / "run" / "step-6" / "record.json").read_text())
+    assert record["world_size"] == 4
+    # Of two replicas of two shards, the first replica's ranks write.
+    assert sorted(record["files"]) == ["config.toml", "rank-00000.safetensors", "rank-00001.safetensors"]

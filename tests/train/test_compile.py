@@ -11,6 +11,7 @@ from tests.prepared import write_data
 from tests.processes import run_ranks
 from tests.runs import tiny_run
 from train import pretrain
+from train.config import with_values
 
 
 def compiled_run(config) -> tuple[int, int]:
@@ -23,11 +24,12 @@ def compiled_run(config) -> tuple[int, int]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_blocks_train_alike_with_few_graphs_and_no_breaks(tmp_path: Path, world_size: int, recompute: bool):
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "recomputing, documents apart"])
+def test_compiled_blocks_train_alike_with_few_graphs_and_no_breaks(tmp_path: Path, world_size: int, more: bool):
     data = write_data(tmp_path / "data")
-    eager = tiny_run(data, tmp_path / "eager", parallel={"recompute_blocks": recompute})
-    compiled = tiny_run(data, tmp_path / "compiled", parallel={"recompute_blocks": recompute, "compile": "on"})
+    sections = {"data": {"isolate_documents": more}, "parallel": {"recompute_blocks": more}}
+    eager = tiny_run(data, tmp_path / "eager", **sections)
+    compiled = with_values(tiny_run(data, tmp_path / "compiled", **sections), parallel={"compile": "on"})
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     run_ranks(lambda rank: pretrain.pretrain(eager), world_size, tmp_path / "a")
