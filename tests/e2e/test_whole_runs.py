@@ -33,11 +33,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data")
 
 
-def written(data: Path, folder: Path, **sections: dict) -> Path:
+def written(data_folder: Path, folder: Path, **sections: dict) -> Path:
     """A tiny run's config as a file; its run folder lies beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(to_toml(tiny_run(data, folder / "run", **sections)))
+    path.write_text(to_toml(tiny_run(data_folder, folder / "run", **sections)))
     return path
 
 
@@ -128,7 +128,7 @@ def test_the_module_form_and_another_working_directory_work_too(data: Path, tmp_
 
 @pytest.mark.slow
 def test_two_machines_by_torchrun_s_own_flags_replicate_and_shard(data: Path, tmp_path: Path):
-    config = written(data, tmp_path, parallel={"replicas": 2})
+    config = written(data, tmp_path, parallel={"replicas": 2}, data={"micro_batch_sequences": 1})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     command = [*torchrun, *rendezvous, "train/pretrain.py", str(config)]
