@@ -135,4 +135,6 @@ def _device(name: str) -> torch.device:
         raise ModelFolderError(f"device = {name!r}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelFolderError(f"device = {name!r}: no CUDA device is available; use --device cpu")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # triton launches on the current device
     return device

@@ -8,88 +8,125 @@ compared; loss and perplexity per token cannot.
     python -m evaluation.perplexity exported/ --text README.md docs/*.md
 """
 
-import dataclasses
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tyro
-from tqdm import tqdm
 
-from data_prep.manifest import read_manifest
-from data_prep.tokenizer import Tokenizer
-from evaluation.model_folder import load_model
-from evaluation.score import Score, score, shard_batches, text_batches
-from model.batch import Batch
-from resume.manifest import open_split
-from resume.samples import SampleReader
+if TYPE_CHECKING:
+    from evaluation.model_folder import LoadedModel
+    from evaluation.score import Score
+    from model.batch import Batch
+
+# torch and the model are imported where they are used, so that --help is instant.
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexityCommand:
     """Scores a model on shards or on raw text."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[Path]
     """Run folder, checkpoint folder (step-N) or Hugging Face folder."""
-    data: str | None = None
+    data: Path | None = None
     """Data folder to score on; by default the one the run was trained with."""
     split: str = "validation"
     """Split of the data folder."""
-    text: tuple[str, ...] = ()
+    text: tuple[Path, ...] = ()
     """Text files to score instead of shards; each is one document."""
     sequence_length: int | None = None
-    """Tokens per window; by default the model's context length."""
+    """Tokens per window; by default the run's, or the model's context length."""
+    isolate_documents: bool | None = None
+    """Whether tokens see only their own document; by default as the run was trained."""
     max_sequences: int = 1_000
     """Windows to score at most, spread evenly over the split."""
     batch_size: int = 8
     """Windows per forward pass."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where it is available."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that make no batch."""
+        for key in ("sequence_length", "max_sequences", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"--{key.replace('_', '-')} {value}: must be at least 1")
 
 
-def evaluate(command: PerplexityCommand) -> Score:
+def evaluate(command: PerplexityCommand) -> "Score":
     """Runs the command and returns the score.
 
     Raises:
         ValueError: whatever is wrong with the model, the data or the text.
     """
+    import numpy as np
+    from tqdm import tqdm
+
+    from evaluation.model_folder import load_model
+    from evaluation.score import score
+
     loaded = load_model(command.model, device=command.device)
-    config, tokenizer = loaded.config, loaded.tokenizer
-    length = command.sequence_length or config.context_length
-    token_bytes = np.pad(tokenizer.token_bytes(), (0, config.vocab_size - tokenizer.vocab_size))
-    if command.text:
-        batches = _batches_of_files(command.text, tokenizer, length, command.batch_size)
-    else:
-        folder = Path(command.data or _training_data(Path(command.model)))
-        manifest = read_manifest(folder)
-        if manifest.tokenizer_digest != tokenizer.digest:
-            raise ValueError(f"{folder} was encoded with another tokenizer than {command.model}'s; score raw --text")
-        files = open_split(folder, manifest, command.split)
-        reader = SampleReader(files, sequence_length=length, vocab_size=config.vocab_size)
-        batches = shard_batches(
-            reader, num_sequences=command.max_sequences, batch_size=command.batch_size, eos_id=manifest.eos_id
+    trained = _training_settings(command.model)
+    length = command.sequence_length or trained.get("sequence_length") or loaded.config.context_length
+    batches = _text(command, loaded, length) if command.text else _shards(command, loaded, length, trained)
+    token_bytes = np.pad(loaded.tokenizer.token_bytes(), (0, loaded.config.vocab_size - loaded.tokenizer.vocab_size))
+    result = score(loaded.model, tqdm(batches, desc="score", unit="batch", disable=None), token_bytes, loaded.device)
+    if not result.num_targets:
+        raise ValueError("the text has no token to predict")
+    return result
+
+
+def _shards(
+    command: PerplexityCommand, loaded: "LoadedModel", length: int, trained: dict[str, Any]
+) -> "Iterator[Batch]":
+    from data_prep.manifest import read_manifest
+    from evaluation.score import shard_batches
+    from resume.manifest import open_split
+    from resume.samples import SampleReader
+
+    if command.data is None and "path" not in trained:
+        raise ValueError(f"{command.model} does not say what it was trained on; pass --data FOLDER or --text FILE")
+    folder = command.data or Path(trained["path"])
+    manifest = read_manifest(folder)
+    if manifest.tokenizer_digest != loaded.tokenizer.digest:
+        raise ValueError(f"{folder} was encoded with another tokenizer than {command.model}'s; score raw --text")
+    files = open_split(folder, manifest, command.split)
+    isolate = command.isolate_documents
+    return shard_batches(
+        SampleReader(files, sequence_length=length, vocab_size=loaded.config.vocab_size),
+        num_sequences=command.max_sequences,
+        batch_size=command.batch_size,
+        eos_id=manifest.eos_id,
+        isolate_documents=trained.get("isolate_documents", False) if isolate is None else isolate,
+    )
+
+
+def _text(command: PerplexityCommand, loaded: "LoadedModel", length: int) -> "Iterator[Batch]":
+    from evaluation.score import text_batches
+
+    for path in command.text:
+        try:
+            tokens = loaded.tokenizer.encode(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        yield from text_batches(
+            tokens, sequence_length=length, batch_size=command.batch_size, eos_id=loaded.tokenizer.eos_id
         )
-    return score(loaded.model, tqdm(batches, desc="score", unit="batch", disable=None), token_bytes, loaded.device)
 
 
-def _batches_of_files(paths: Sequence[str], tokenizer: Tokenizer, length: int, batch_size: int) -> Iterator[Batch]:
-    for path in paths:
-        tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
-        yield from text_batches(tokens, sequence_length=length, batch_size=batch_size, eos_id=tokenizer.eos_id)
-
-
-def _training_data(model: Path) -> str:
+def _training_settings(model: Path) -> dict[str, Any]:
+    """The [data] table of the run that a model comes from; empty for a Hugging Face folder."""
     for config in (model / "config.toml", model.parent / "config.toml"):
         if config.is_file():
-            return tomllib.loads(config.read_text(encoding="utf-8"))["data"]["path"]
-    raise ValueError(f"{model} does not say what it was trained on; pass --data FOLDER or --text FILE")
+            return tomllib.loads(config.read_text(encoding="utf-8")).get("data", {})
+    return {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Runs the command line; 2 after an error, which is printed as one line."""
     command = tyro.cli(PerplexityCommand, args=argv, prog="python -m evaluation.perplexity", description=__doc__)
     try:
         result = evaluate(command)

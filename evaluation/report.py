@@ -35,14 +35,16 @@ def write_report(run: Path) -> Path:
         ValueError: the run has trained no step yet.
     """
     records = read_metrics(run)
-    steps = [record for record in records if record.get("loss") is not None]
-    validations = [record for record in records if "validation_loss" in record]
+    logged = [record for record in records if "loss" in record]
+    steps = [record for record in logged if record["loss"] is not None]
+    validations = [record for record in records if record.get("validation_loss") is not None]
     if not steps:
         raise ValueError(f"{run}/metrics.jsonl has no trained step; nothing to report")
     draw_loss(run / "loss.png", steps, validations)
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    lines = _lines(run, config, steps, validations, num_skipped=len(logged) - len(steps))
     report = run / "report.md"
-    report.write_text("\n".join(_lines(run, config, steps, validations)) + "\n", encoding="utf-8")
+    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return report
 
 
@@ -78,18 +80,21 @@ def draw_loss(path: Path, steps: Sequence[dict[str, Any]], validations: Sequence
 
 
 def _lines(
-    run: Path, config: dict[str, Any], steps: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]
+    run: Path,
+    config: dict[str, Any],
+    steps: Sequence[dict[str, Any]],
+    validations: Sequence[dict[str, Any]],
+    num_skipped: int,
 ) -> list[str]:
     model = ModelConfig(**config["model"])
     last = steps[-1]
     newest = checkpoint.latest(run)
     speed = statistics.median(record["tokens_per_s_per_device"] for record in steps)
     utilisation = [record["mfu"] for record in steps if record.get("mfu") is not None]
-    skipped = sum(bool(record.get("skipped")) for record in steps)
     facts = [
         ("parameters", f"{num_params(model):,}"),
         ("model FLOPs per token", f"{flops_per_token(model, config['data']['sequence_length']):.4g}"),
-        ("steps", f"{last['step']:,} of {config['run']['num_steps']:,}, {skipped} skipped as not finite"),
+        ("steps", f"{last['step']:,} of {config['run']['num_steps']:,}, {num_skipped} skipped as not finite"),
         ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.3f} epochs)"),
         ("last training loss", f"{last['loss']:.4f}"),
         ("tokens/s per device, median", f"{speed:,.0f}"),

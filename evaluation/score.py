@@ -80,13 +80,15 @@ def shard_batches(
 
     Every rank gets the same number of batches, empty ones if need be: a sharded model's forward is a collective.
     """
-    counts = [file.num_samples(reader.sequence_length) for file in reader.files]
-    every = [(file, sample) for file, count in enumerate(counts) for sample in range(count)]
-    chosen = min(num_sequences, len(every))
-    places = [every[i * len(every) // chosen] for i in range(chosen)]
-    for start in range(0, len(places), batch_size * world_size):
-        mine = places[start + rank * batch_size : start + (rank + 1) * batch_size]
-        samples = [reader.read(file, sample) for file, sample in mine]
+    ends = np.cumsum([file.num_samples(reader.sequence_length) for file in reader.files])
+    total = int(ends[-1])
+    chosen = min(num_sequences, total)
+    for start in range(0, chosen, batch_size * world_size):
+        mine = np.arange(start + rank * batch_size, min(start + (rank + 1) * batch_size, chosen)) * total // chosen
+        files = np.searchsorted(ends, mine, side="right")
+        behind = ends[files] - mine  # samples from here to the end of the file
+        lengths = [reader.files[file].num_samples(reader.sequence_length) for file in files]
+        samples = [reader.read(f, n - b) for f, n, b in zip(files.tolist(), lengths, behind.tolist(), strict=True)]
         nothing = np.full(1, eos_id)
         yield collate(samples or [nothing], reader.sequence_length, eos_id, isolate_documents)
 

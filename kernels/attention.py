@@ -38,6 +38,10 @@ class DocumentBoundaries:
             self.longest,
         )
 
+    def pinned(self) -> "DocumentBoundaries":
+        """The same boundaries in page-locked memory."""
+        return DocumentBoundaries(self.ids_BT.pin_memory(), self.cumulative_lengths.pin_memory(), self.longest)
+
 
 def document_boundaries(tokens_BT: Tensor, eos_id: int) -> DocumentBoundaries:
     """Finds documents in packed rows: one starts at each row's start and after each EOS (which closes its document)."""
@@ -45,7 +49,7 @@ def document_boundaries(tokens_BT: Tensor, eos_id: int) -> DocumentBoundaries:
     starts_BT[:, 0] = True
     starts_BT[:, 1:] = tokens_BT[:, :-1] == eos_id
     starts = torch.nonzero(starts_BT.flatten()).flatten().to(torch.int32)
-    ends = torch.tensor([tokens_BT.numel()], dtype=torch.int32)
+    ends = torch.tensor([tokens_BT.numel()], dtype=torch.int32, device=tokens_BT.device)
     cumulative_lengths = torch.cat((starts, ends))
     longest = int(cumulative_lengths.diff().max())
     return DocumentBoundaries(starts_BT.flatten().cumsum(0).view_as(starts_BT).int(), cumulative_lengths, longest)
@@ -60,7 +64,7 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, boundaries: Docume
     _check(q_BTHK, k_BSGK, v_BSGK, boundaries)
     if q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16) and has_flash_attn():
         if boundaries is not None:
-            return _flash_documents(q_BTHK, k_BSGK, v_BSGK, boundaries)
+            return _flash_documents(q_BTHK, k_BSGK, v_BSGK, boundaries)  # pyright: ignore[reportCallIssue]
         return _flash(q_BTHK, k_BSGK, v_BSGK)
     return attention_reference(q_BTHK, k_BSGK, v_BSGK, boundaries)
 
@@ -71,6 +75,10 @@ def attention_reference(
     """The same function by torch's scaled_dot_product_attention: the specification."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     mask = _mask(num_queries, num_keys, boundaries, q_BTHK.device)
+    if mask is not None and q_BTHK.is_cuda:
+        # Of CUDA's fused kernels only the memory-efficient one takes a mask, and it wants as many keys as queries.
+        groups = q_BTHK.shape[2] // k_BSGK.shape[2]
+        k_BSGK, v_BSGK = k_BSGK.repeat_interleave(groups, dim=2), v_BSGK.repeat_interleave(groups, dim=2)
     o_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),

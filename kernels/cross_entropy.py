@@ -45,7 +45,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
         log_p_MV = torch.log_softmax(logits_MV, dim=-1, dtype=_sum_dtype(logits_MV))
         is_target_M = targets_M != IGNORE
-        index_M1 = targets_M.clamp(min=0)[:, None]
+        index_M1 = torch.where(is_target_M, targets_M, 0)[:, None]
         ctx.save_for_backward(log_p_MV, index_M1, is_target_M)
         ctx.logits_dtype = logits_MV.dtype
         return -torch.where(is_target_M, log_p_MV.gather(1, index_M1)[:, 0], 0.0).sum()

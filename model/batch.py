@@ -35,7 +35,8 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same batch in page-locked memory."""
-        return dataclasses.replace(self, tokens=self.tokens.pin_memory(), targets=self.targets.pin_memory())
+        boundaries = self.boundaries.pinned() if self.boundaries is not None else None
+        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), boundaries, self.num_targets)
 
 
 def collate(samples: Sequence[NDArray], sequence_length: int, eos_id: int, isolate_documents: bool = False) -> Batch:

@@ -4,18 +4,19 @@
       rank-00000.safetensors ...   each rank's part of every tensor (of replicas, the first one's)
       config.toml                  the resolved config of the run
       record.json                  step, data state, generators, versions; which file holds which box of which tensor;
-                                   size and xxh3_128 of every file above
+                                   size and xxh3_128 of every file above, xxh3_128 of itself
 
 Writing goes into `step-1200.tmp`, is flushed to disk, and is published by one rename. The newest checkpoint is the one
 with the highest number; there is no pointer file to go stale. Several nodes share the run folder.
 """
 
 import json
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ from resume.regions import Region, is_first_replica, local_part, local_region
 
 FORMAT = 1
 _RECORD = "record.json"
+_REMEDY = "restore the file, or move its folder away to resume from an older step"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written, on this rank or on another; the older ones are untouched."""
 
 
 def steps(run: Path) -> list[int]:
@@ -55,13 +61,17 @@ def save(
     """Publishes a checkpoint of `tensors` and deletes all but the newest `keep`. Every rank calls it.
 
     Raises:
-        CheckpointError: any rank could not write; no rank publishes then, and older checkpoints are untouched.
+        SaveError: any rank could not write; no rank publishes then, and older checkpoints are untouched.
     """
     final, aside = run / f"step-{step}", run / f"step-{step}.tmp"
     rank = _rank()
-    _together(lambda: _prepare_folder(aside) if rank == 0 else None, f"cannot prepare {aside}")
-    _together(lambda: _write_part(aside, rank, tensors), f"cannot write {aside}")
-    _together(lambda: _publish(aside, final, step, record, config_toml, keep) if rank == 0 else None, f"{final}")
+    _together(lambda: _prepare_folder(aside) if rank == 0 else None, SaveError, f"cannot prepare {aside}")
+    _together(lambda: _write_part(aside, rank, tensors), SaveError, f"cannot write {aside}")
+    _together(
+        lambda: _publish(aside, final, step, record, config_toml, keep) if rank == 0 else None,
+        SaveError,
+        f"cannot publish {final}",
+    )
     return final
 
 
@@ -77,9 +87,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no {_RECORD}, so not a checkpoint") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); resume from an older step by moving {folder}") from error
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {record.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: unreadable ({error}); {_REMEDY}") from error
+    if not isinstance(record, dict) or record.pop("xxh3_128", None) != _hash_of(record):
+        raise CheckpointError(f"{path}: damaged, its hash does not match; {_REMEDY}")
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {record['format']!r}, this version reads {FORMAT}")
     return record
 
 
@@ -90,16 +102,18 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         CheckpointError: a damaged file, or names, shapes or dtypes that differ from the checkpoint's.
     """
     record = read_record(folder)
-    _together(lambda: _verify(folder, record["files"]), "")
-    _compare(folder, record["tensors"], tensors)
+    _together(lambda: _verify(folder, record["files"]), CheckpointError, f"{folder}")
+    layout = record["tensors"]
+    _compare(folder, layout, tensors)
     with _Files(folder) as files, torch.no_grad():
         for name, tensor in tensors.items():
             part, region = local_part(tensor), local_region(tensor)
-            for piece in record["tensors"][name]["pieces"]:
-                held = Region(tuple(piece["offset"]), tuple(piece["shape"]))
+            pieces = [(p["file"], Region(tuple(p["offset"]), tuple(p["shape"]))) for p in layout[name]["pieces"]]
+            _check_cover(folder, name, region, [held for _, held in pieces])
+            for file, held in pieces:
                 common = region.intersection(held)
                 if not common.is_empty:
-                    source = files.read(piece["file"], name, common.relative_to(held.offset))
+                    source = files.read(file, name, common.relative_to(held.offset))
                     part[common.relative_to(region.offset).slices()] = source.to(part.device)
     return record
 
@@ -117,8 +131,9 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         for name, entry in record["tensors"].items():
             if name.startswith(prefix):
                 value = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-                for piece in entry["pieces"]:
-                    region = Region(tuple(piece["offset"]), tuple(piece["shape"]))
+                pieces = [Region(tuple(piece["offset"]), tuple(piece["shape"])) for piece in entry["pieces"]]
+                _check_cover(folder, name, Region((0,) * value.ndim, tuple(value.shape)), pieces)
+                for piece, region in zip(entry["pieces"], pieces, strict=True):
                     value[region.slices()] = files.read(piece["file"], name, region.relative_to(region.offset))
                 whole[name.removeprefix(prefix)] = value
     return whole
@@ -149,9 +164,11 @@ class _Files:
 
 
 def _prepare_folder(aside: Path) -> None:
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in aside.parent.iterdir():  # of a save that was killed, at this step or another
+        if re.fullmatch(r"step-\d+\.(tmp|del)", leftover.name):
+            shutil.rmtree(leftover)
+    aside.mkdir()
 
 
 def _write_part(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
@@ -190,11 +207,12 @@ def _publish(aside: Path, final: Path, step: int, record: Mapping[str, Any], con
     files["config.toml"] = _describe(aside / "config.toml")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     whole = {"format": FORMAT, "step": step, "world_size": _world_size(), "versions": versions, **record}
-    _write_text(aside / _RECORD, json.dumps({**whole, "files": files, "tensors": layout}))
+    whole |= {"files": files, "tensors": layout}
+    # Hashed as well: the cursor stands in here, and a flipped digit would be another place in the data.
+    _write_text(aside / _RECORD, json.dumps({"xxh3_128": _hash_of(whole), **whole}))
     _flush_folder(aside)
     if final.exists():
-        # The step was saved before (a resumed run that has not moved): the same state, so the older copy can go.
-        _delete(final)
+        raise SaveError(f"{final} is already there: another run writes into the same folder; stop one of the two")
     aside.rename(final)
     _flush_folder(final.parent)
     for old in steps(final.parent)[:-keep]:
@@ -204,8 +222,6 @@ def _publish(aside: Path, final: Path, step: int, record: Mapping[str, Any], con
 def _delete(folder: Path) -> None:
     # Renamed first: a kill in the middle of the deletion must not leave half a folder under a valid name.
     doomed = folder.with_name(folder.name + ".del")
-    if doomed.exists():
-        shutil.rmtree(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -217,12 +233,15 @@ def _verify(folder: Path, files: Mapping[str, Any]) -> None:
         if Path(file).name != file or path.is_symlink():
             raise CheckpointError(f"{folder}: record names {file!r}, which is not a file of this folder")
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; move {folder} away to resume from an older step")
+            raise CheckpointError(f"{path}: missing; {_REMEDY}")
         if (found := _describe(path)) != expected:
-            raise CheckpointError(
-                f"{path}: {found}, the record has {expected}. The file is damaged; restore it, or move {folder} away "
-                "to resume from an older step"
-            )
+            raise CheckpointError(f"{path}: {found}, the record has {expected}. The file is damaged; {_REMEDY}")
+
+
+def _check_cover(folder: Path, name: str, region: Region, pieces: list[Region]) -> None:
+    covered = sum(math.prod(region.intersection(piece).shape) for piece in pieces)
+    if covered != math.prod(region.shape):
+        raise CheckpointError(f"{folder}: the pieces of {name} do not cover it; {_REMEDY}")
 
 
 def _compare(folder: Path, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -233,7 +252,14 @@ def _compare(folder: Path, stored: Mapping[str, Any], tensors: Mapping[str, Tens
         found = (tuple(stored[name]["shape"]), stored[name]["dtype"])
         wanted = (tuple(tensor.shape), str(tensor.dtype).split(".")[1])
         if found != wanted:
-            raise CheckpointError(f"{folder}: {name} is {found}, this run has {wanted}")
+            raise CheckpointError(
+                f"{folder}: {name} is {found}, this run has {wanted}; resume with the model and the precision "
+                "(fp64, or not) that it was trained with"
+            )
+
+
+def _hash_of(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -260,12 +286,12 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _together(action, what: str) -> None:
+def _together(action: Callable[[], None], error_type: type[CheckpointError], what: str) -> None:
     """Runs a stage on every rank and waits for all; if one fails, all raise instead of waiting for it for ever."""
     error: Exception | None = None
     try:
         action()
-    except (OSError, CheckpointError, SafetensorError) as caught:
+    except Exception as caught:  # whatever it is: the other ranks must hear of it
         error = caught
     failed = torch.tensor([int(error is not None)])
     if dist.is_initialized():
@@ -273,9 +299,9 @@ def _together(action, what: str) -> None:
     if isinstance(error, CheckpointError):
         raise error
     if error is not None:
-        raise CheckpointError(f"{what}: {error}") from error
+        raise error_type(f"{what}: {error}") from error
     if failed.item():
-        raise CheckpointError(f"{what}: another rank failed; see its message")
+        raise error_type(f"{what}: another rank failed; see its message")
 
 
 def _rank() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import Manifest, ShardRecord
@@ -35,7 +36,7 @@ class DataFile:
         return -(-self.num_targets // sequence_length)
 
 
-def open_split(folder: Path, manifest: Manifest, split: str) -> list[DataFile]:
+def open_split(folder: Path, manifest: Manifest, split: str, show_progress: bool = False) -> list[DataFile]:
     """Checks every shard of a split against the manifest and returns them, ordered by identity.
 
     Compared are size, header, and MD5 of head and tail: a truncated, replaced or re-tokenised shard is refused here,
@@ -47,7 +48,10 @@ def open_split(folder: Path, manifest: Manifest, split: str) -> list[DataFile]:
     records = [record for record in manifest.shards if record.split == split]
     if not records:
         raise DataError(f"{folder}/manifest.json lists no shard of split {split!r}; run `make prepare-data` again")
-    files = sorted((_checked(folder, manifest, record) for record in records), key=lambda file: file.file_id)
+    bar = tqdm(
+        records, desc=f"check {split} shards", unit="shard", leave=False, disable=None if show_progress else True
+    )
+    files = sorted((_checked(folder, manifest, record) for record in bar), key=lambda file: file.file_id)
     for first, second in itertools.pairwise(files):
         if first.file_id == second.file_id:
             raise DataError(f"{first.path} and {second.path} have the same content; remove one from the manifest")

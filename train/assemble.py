@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,20 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from data_prep.config_file import ConfigError, load, to_toml
+from data_prep.config_file import ConfigError, keys, load, to_toml
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from evaluation.score import Score, score, shard_batches
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
-from resume import checkpoint, state
+from resume import checkpoint, rng, state
 from resume.manifest import DataError, DataFile, open_split, refuse_overlap
 from resume.order import Order
 from resume.samples import SampleReader
 from train import loop
-from train.config import RunConfig, refuse_changes
+from train.config import RunConfig, refuse_changes, value_of
 from train.loader import Loader, rank_positions
 from train.loop import Progress, Trainer
 from train.metrics import RunLog
@@ -43,7 +46,7 @@ class Data:
     validation: list[DataFile]
 
 
-def open_data(config: RunConfig) -> Data:
+def open_data(config: RunConfig, show_progress: bool = False) -> Data:
     """Opens and checks the data folder.
 
     Raises:
@@ -63,7 +66,7 @@ def open_data(config: RunConfig) -> Data:
             f"{tokenizer.file}: digest {tokenizer.digest}, the shards were encoded with {manifest.tokenizer_digest}; "
             "restore the tokenizer file or encode the text again"
         )
-    training = open_split(folder, manifest, "train")
+    training = open_split(folder, manifest, "train", show_progress)
     has_validation = any(shard.split == "validation" for shard in manifest.shards)
     validation = open_split(folder, manifest, "validation") if has_validation else []
     refuse_overlap(training, validation)
@@ -81,6 +84,7 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
     fresh = state.start(order, tokenizer_digest=data.manifest.tokenizer_digest, eos_id=data.manifest.eos_id)
     folder = checkpoint.latest(Path(config.run.dir))
     progress = _progress(folder, config, fresh)
+    _refuse_disagreement(config, progress, ranks)
     model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))
     stop = StopRequest()
     stop.install()
@@ -93,7 +97,7 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
             optimizer=make_optimizer(model, config.optim),
             batches=cleanup.enter_context(_loader(config, data, order, reader, ranks, progress)),
             objective=next_token_loss,
-            validate=_validation(config, data, model, ranks),
+            validate=_validation(config, data, model, ranks, cleanup),
             samples_per_epoch=order.samples_per_epoch,
             log=None,
             stop=stop,
@@ -111,6 +115,9 @@ def _progress(folder: Path | None, config: RunConfig, fresh: state.DataState) ->
         return Progress(0, fresh)
     refuse_changes(config, load(folder / "config.toml", RunConfig))
     record = checkpoint.read_record(folder)
+    generators = rng.record(config.run.seed)
+    if record["rng"] != generators:
+        raise ConfigError(f"{folder} draws random numbers as {record['rng']}, this run as {generators}")
     continued = state.from_json(record["data"])
     state.refuse_other_data(continued, fresh)
     return Progress(record["step"], continued)
@@ -154,12 +161,27 @@ def _loader(
     )
 
 
-def _validation(config: RunConfig, data: Data, model: Transformer, ranks: Ranks) -> Callable[[], Score] | None:
+def _refuse_disagreement(config: RunConfig, progress: Progress, ranks: Ranks) -> None:
+    """Machines may have been given other flags, hold other data, or see another newest checkpoint."""
+    same_everywhere = {name: value_of(config, name) for name in keys(RunConfig) if name not in ("run.dir", "data.path")}
+    text = json.dumps([same_everywhere, progress.step, progress.data.to_json()], sort_keys=True)
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    if not ranks.agree_on(digest):
+        raise ConfigError(
+            f"the {ranks.world_size} processes disagree on config, data shards or newest checkpoint; give all of them "
+            "the same flags, the same prepared data, and a run folder that all of them see"
+        )
+
+
+def _validation(
+    config: RunConfig, data: Data, model: Transformer, ranks: Ranks, cleanup: contextlib.ExitStack
+) -> Callable[[], Score] | None:
     if not data.validation:
         return None
     token_bytes = padded_token_bytes(data.tokenizer, config.model.vocab_size)
     sequence_length = config.data.sequence_length
     reader = SampleReader(data.validation, sequence_length=sequence_length, vocab_size=config.model.vocab_size)
+    cleanup.callback(reader.close)
 
     def validate() -> Score:
         batches = shard_batches(
@@ -171,7 +193,8 @@ def _validation(config: RunConfig, data: Data, model: Transformer, ranks: Ranks)
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        return score(model, batches, token_bytes, ranks.device)
+        bar = tqdm(batches, desc="validate", unit="batch", leave=False, disable=None if ranks.is_first else True)
+        return score(model, bar, token_bytes, ranks.device)
 
     return validate
 

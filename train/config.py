@@ -1,6 +1,7 @@
 """Every key of a training run, with its default, unit and meaning. Imports no torch, so that --help is instant."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ CHANGEABLE_ON_RESUME = (
     "parallel.compile",
     "parallel.recompute_blocks",
 )
+
+
+# Keys that make another order of samples: no checkpoint can be continued under other values.
+_FIXED_FOR_A_RUN = ("run.seed", "data.sequence_length")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,12 +142,24 @@ class RunConfig:
         for name in positive.split():
             if value_of(self, name) <= 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must be positive")
+        for name in keys(RunConfig):
+            if isinstance(value_of(self, name), float) and not math.isfinite(value_of(self, name)):
+                raise ConfigError(
+                    f"{name} = {value_of(self, name)}: must be finite (a very large number means no limit)"
+                )
         for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay"):
             if value_of(self, name) < 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must not be negative")
-        for name in ("optim.min_lr_ratio", "optim.beta1", "optim.beta2"):
-            if not 0 <= value_of(self, name) <= 1:
-                raise ConfigError(f"{name} = {value_of(self, name)}: must be between 0 and 1")
+        for name in ("optim.beta1", "optim.beta2"):
+            if not 0 <= value_of(self, name) < 1:
+                raise ConfigError(f"{name} = {value_of(self, name)}: must be at least 0 and below 1")
+        if not 0 <= self.optim.min_lr_ratio <= 1:
+            raise ConfigError(f"optim.min_lr_ratio = {self.optim.min_lr_ratio}: must be between 0 and 1")
+        if self.optim.schedule == "wsd" and self.optim.warmup_steps + self.optim.decay_steps > self.run.num_steps:
+            raise ConfigError(
+                f"optim.warmup_steps + optim.decay_steps = {self.optim.warmup_steps + self.optim.decay_steps} exceed "
+                f"run.num_steps = {self.run.num_steps}; the wsd schedule has no room for its plateau"
+            )
         if self.data.sequence_length > self.model.context_length:
             raise ConfigError(
                 f"data.sequence_length = {self.data.sequence_length} exceeds model.context_length = "
@@ -195,16 +212,16 @@ def refuse_changes(config: RunConfig, stored: RunConfig) -> None:
     """
     allowed = {*CHANGEABLE_ON_RESUME, *config.run.allow_changes}
     differing = [
-        f"{name} = {value_of(config, name)!r}, the checkpoint has {value_of(stored, name)!r}"
+        name
         for name in keys(RunConfig)
-        if name not in allowed and value_of(config, name) != value_of(stored, name)
+        if name not in allowed.difference(_FIXED_FOR_A_RUN) and value_of(config, name) != value_of(stored, name)
     ]
     if differing:
-        names = " ".join(line.split(" = ")[0] for line in differing)
-        raise ConfigError(
-            f"the config differs from the checkpoint's: {'; '.join(differing)}. Restore the values, start a new run "
-            f"with another --run.dir, or accept the change with --run.allow-changes {names}"
-        )
+        both = [f"{n} = {value_of(config, n)!r}, the checkpoint has {value_of(stored, n)!r}" for n in differing]
+        remedy = "Restore the values or start a new run with another --run.dir"
+        if not set(differing) & set(_FIXED_FOR_A_RUN):
+            remedy += f", or accept the change with --run.allow-changes {' '.join(differing)}"
+        raise ConfigError(f"the config differs from the checkpoint's: {'; '.join(both)}. {remedy}")
 
 
 def with_values(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:

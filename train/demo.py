@@ -37,7 +37,9 @@ def main() -> int:
     for folder in (run, data):
         shutil.rmtree(folder, ignore_errors=True)
     _do(["-m", "data_prep.pipeline", DATA_CONFIG])
-    pretrain = [*_launcher(), "train/pretrain.py", CONFIG]
+    import torch
+
+    pretrain = pretrain_command(torch.cuda.device_count())
     _train_and_stop(pretrain, run)
     _do(pretrain)
     samples = [
@@ -59,12 +61,14 @@ def _folders() -> tuple[Path, Path]:
     return Path(run), Path(data)
 
 
-def _launcher() -> list[str]:
-    """How this machine starts a training run: torchrun where there are several GPUs, else plain Python."""
-    import torch
-
-    num_gpus = torch.cuda.device_count()
-    return ["-m", "torch.distributed.run", f"--nproc_per_node={num_gpus}"] if num_gpus > 1 else []
+def pretrain_command(num_gpus: int) -> list[str]:
+    """How a machine with so many GPUs starts the run: torchrun on as many as the batch splits over, or plain Python."""
+    batch = tomllib.loads(Path(CONFIG).read_text(encoding="utf-8"))["data"]["batch_sequences"]
+    num_ranks = max((n for n in range(1, num_gpus + 1) if batch % n == 0), default=1)
+    if num_ranks == 1:
+        return ["train/pretrain.py", CONFIG]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
+    return [*torchrun, "train/pretrain.py", CONFIG, "--data.micro-batch-sequences", str(batch // num_ranks)]
 
 
 def _do(arguments: Sequence[str], quiet: bool = False) -> str:

@@ -154,10 +154,9 @@ def save(trainer: Trainer, progress: Progress) -> Path:
     return folder
 
 
-def load(trainer: Trainer, folder: Path) -> int:
-    """Fills model and optimizer from a checkpoint and returns its step; every rank calls it."""
-    record = checkpoint.load_into(folder, state_tensors(trainer.model, trainer.optimizer))
-    return record["step"]
+def load(trainer: Trainer, folder: Path) -> None:
+    """Fills model and optimizer from a checkpoint; every rank calls it."""
+    checkpoint.load_into(folder, state_tensors(trainer.model, trainer.optimizer))
 
 
 def _validate(trainer: Trainer, progress: Progress) -> None:

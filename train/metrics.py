@@ -59,7 +59,7 @@ class RunLog:
         _drop_records_after(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         # purge_step hides what an earlier life of the run logged after the checkpoint it now resumes from.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         self._mean_step_s = 0.0
         self._board.add_text("run/config", f"```toml\n{config_toml}\n```", first_step)
 
@@ -134,8 +134,8 @@ def memory_gib(device: torch.device) -> float:
 
 
 def _drop_records_after(path: Path, step: int) -> None:
-    """Removes what was logged after the checkpoint: those steps are about to be trained again."""
-    records = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    """Removes what was logged after the checkpoint, all without one: those steps are about to be trained again."""
+    records = [record for record in read_metrics(path.parent) if step > 0 and record["step"] <= step]
     if path.is_file():
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -16,7 +16,7 @@ from train.sharding import compute_dtype
 
 _GIB = 2**30
 # What the allocator, the framework and the collectives take beside the tensors counted here.
-_RESERVE_BYTES = 1.5 * _GIB
+_RESERVE_BYTES = 1 * _GIB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,11 +131,13 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     """Says what cannot fit, before anything is allocated.
 
     Raises:
-        ConfigError: the batch does not split, or memory or disk are too small for the estimate.
+        ConfigError: batch or replicas do not split over the devices, or memory or disk are too small for the estimate.
     """
     config.num_micro_batches(world_size)
+    if world_size % config.parallel.replicas:
+        raise ConfigError(f"parallel.replicas = {config.parallel.replicas} does not divide the {world_size} devices")
     dtype = compute_dtype(config.parallel, torch.device(device_type))
-    needed = estimate_memory(config, device_type, world_size).total
+    needed = estimate_memory(config, device_type, world_size).total + _RESERVE_BYTES
     available = device_memory_bytes(device_type, local_world_size)
     if available is not None and needed > available:
         raise ConfigError(

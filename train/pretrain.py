@@ -6,7 +6,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host:29400 train/pretrain.py
 
 A run continues from the newest checkpoint in run.dir. SIGTERM, SIGINT or SIGUSR1 stops it at the next step boundary,
-after a checkpoint. Exit codes: 0 done, 65 bad data, 70 loss not finite, 75 stopped and saved, 78 bad config.
+after a checkpoint. Exit codes: 0 done, 65 bad data, 70 loss not finite, 73 cannot write, 75 stopped and
+saved, 78 bad config or checkpoint.
 """
 
 import os
@@ -21,7 +22,7 @@ from train.config import RunConfig
 if TYPE_CHECKING:
     from train.ranks import Ranks
 
-BAD_DATA, NOT_FINITE, BAD_CONFIG = 65, 70, 78
+BAD_DATA, NOT_FINITE, CANNOT_WRITE, BAD_CONFIG = 65, 70, 73, 78
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data_prep.shards import ShardError
     from data_prep.tokenizer import TokenizerError
     from model.convert import ConvertError
-    from resume.checkpoint import CheckpointError
+    from resume.checkpoint import CheckpointError, SaveError
     from resume.manifest import DataError
     from train.loop import NotFiniteError
 
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(config) if "--dry-run" in arguments else pretrain(config)
     except (DataError, ManifestError, ShardError, TokenizerError) as error:
         return _fail(error, BAD_DATA)
+    except SaveError as error:
+        return _fail(error, CANNOT_WRITE)
     except (ConfigError, CheckpointError, ConvertError) as error:
         return _fail(error, BAD_CONFIG)
+    except OSError as error:
+        return _fail(error, CANNOT_WRITE)
     except NotFiniteError as error:
         return _fail(error, NOT_FINITE)
 
@@ -79,9 +84,15 @@ def pretrain(config: RunConfig) -> int:
     try:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.refuse_impossible(config, this.device.type, this.world_size, local_world_size)
-        return _pretrain(config, this)
-    finally:
-        ranks.stop()
+        code = _pretrain(config, this)
+    except BaseException:
+        # Peers may wait in a collective that this rank will never join, and leaving the group would wait for them:
+        # the process just ends, with its message, and the launcher ends the others.
+        if this.world_size == 1:
+            ranks.stop()
+        raise
+    ranks.stop()
+    return code
 
 
 def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
@@ -90,7 +101,7 @@ def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
     from train.loop import train
     from train.signals import STOPPED
 
-    data = open_data(config)
+    data = open_data(config, show_progress=ranks.is_first)
     with open_run(config, data, ranks) as (trainer, progress):
         finished = train(trainer, progress)
         if finished.step < config.run.num_steps:
@@ -98,7 +109,10 @@ def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
                 trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
             return STOPPED
     if ranks.is_first:
-        print(f"report: {write_report(Path(config.run.dir))}")
+        try:
+            print(f"report: {write_report(Path(config.run.dir))}")
+        except ValueError as error:  # the run is done and saved all the same
+            print(f"no report: {error}")
     return 0
 
 

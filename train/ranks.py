@@ -29,6 +29,12 @@ class Ranks:
         dist.all_reduce(total)
         return int(total)
 
+    def agree_on(self, value: int) -> bool:
+        """Whether all ranks have the same 63-bit value."""
+        extremes = torch.tensor([value, -value], dtype=torch.int64)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return bool(extremes[0] == -extremes[1])
+
     def sum_all(self, values: Sequence[torch.Tensor | float]) -> list[float]:
         """The sums over all ranks of several scalars, in fp64, by one collective and one wait for the device."""
         parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device).reshape(()) for value in values]
@@ -78,6 +84,11 @@ def start(wanted_device: str) -> Ranks:
     device = choose_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
+        raise ConfigError(
+            "WORLD_SIZE is set but RANK is not; start several processes with torchrun, and set WORLD_SIZE by hand for "
+            "--dry-run only"
+        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)

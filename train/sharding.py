@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from data_prep.config_file import ConfigError
 from model.config import ModelConfig
 from model.transformer import Block, Transformer
 from resume.regions import copy_whole
@@ -29,9 +28,6 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
 
     Parameters are fp32 (fp64 for fp64 runs); under bf16, FSDP computes on a bf16 copy. A single fp32 or fp64 device
     needs neither gathering nor casting and gets the plain module.
-
-    Raises:
-        ConfigError: parallel.replicas does not divide the number of ranks.
     """
     dtype = compute_dtype(parallel, ranks.device)
     master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,8 +70,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype) -> None:
-    if ranks.world_size % parallel.replicas:
-        raise ConfigError(f"parallel.replicas = {parallel.replicas} does not divide the {ranks.world_size} devices")
     shape, names = (ranks.world_size,), ("shard",)
     if parallel.replicas > 1:
         shape, names = (parallel.replicas, ranks.world_size // parallel.replicas), ("replicate", "shard")

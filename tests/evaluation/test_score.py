@@ -110,6 +110,7 @@ def test_the_command_scores_raw_text(run: Path, tmp_path: Path, capsys: pytest.C
         (["--data", "nowhere"], "nowhere: no such data folder"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--split", "test"], "no shard of split 'test'"),
+        (["--text", __file__[:-3] + ".nothing"], "test_score.nothing"),
     ],
 )
 def test_bad_input_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
@@ -117,6 +118,25 @@ def test_bad_input_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], ar
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_text_without_tokens_or_in_another_encoding_is_refused(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    assert perplexity.main([str(run), "--text", str(tmp_path / "empty.txt")]) == 2
+    assert "no token to predict" in capsys.readouterr().err
+    assert perplexity.main([str(run), "--text", str(tmp_path / "latin.txt")]) == 2
+    assert "latin.txt: not UTF-8" in capsys.readouterr().err
+
+
+def test_isolated_documents_are_scored_as_the_run_was_trained(data: Path, tmp_path: Path, capsys):
+    assert pretrain.pretrain(tiny_run(data, tmp_path / "run", data={"isolate_documents": True})) == 0
+    from evaluation.report import read_metrics
+
+    last = [record for record in read_metrics(tmp_path / "run") if "validation_loss" in record][-1]
+    capsys.readouterr()
+    assert perplexity.main([str(tmp_path / "run"), "--max-sequences", "5"]) == 0
+    assert f"loss {last['validation_loss']:.4f} nats/token" in capsys.readouterr().out
 
 
 def test_shards_of_another_tokenizer_are_refused(run: Path, data: Path, tmp_path: Path, capsys):

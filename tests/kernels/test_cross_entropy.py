@@ -72,6 +72,12 @@ def test_the_gradient_is_the_softmax_less_the_target():
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("target", [-1, 7])
+def test_targets_outside_the_vocabulary_are_an_error(target: int):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy_sum(torch.zeros(1, 7), torch.tensor([target]))
+
+
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"targets \(2, 4\) for logits \(2, 3, 7\)"):
         cross_entropy_sum(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.int64))

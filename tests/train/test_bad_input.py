@@ -14,7 +14,7 @@ from data_prep.shards import HEADER_BYTES
 from tests.prepared import write_data
 from tests.runs import tiny_run
 from train import pretrain
-from train.pretrain import BAD_CONFIG, BAD_DATA
+from train.pretrain import BAD_CONFIG, BAD_DATA, CANNOT_WRITE
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_split(config: Path, capsys: pytest.CaptureFixture
 
 
 def test_replicas_that_do_not_divide_the_devices(config: Path, capsys: pytest.CaptureFixture[str]):
-    code, error = refused(capsys, config, "--parallel.replicas", 2, "--parallel.precision", "bf16")
+    code, error = refused(capsys, config, "--parallel.replicas", 2)
     assert code == BAD_CONFIG
     assert "parallel.replicas = 2 does not divide the 1 devices" in error
 
@@ -142,6 +142,45 @@ def test_another_model_under_an_allowed_change_is_still_refused(config: Path, ca
     code, error = refused(capsys, config, *flags)
     assert code == BAD_CONFIG
     assert "mlp.gate_up.weight is ((80, 24)" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim.max-grad-norm", "inf"], "optim.max_grad_norm = inf: must be finite"),
+        (["--optim.peak-lr", "nan"], "optim.peak_lr = nan: must be finite"),
+        (["--optim.beta1", "1.0"], "optim.beta1 = 1.0: must be at least 0 and below 1"),
+        (["--optim.schedule", "wsd", "--optim.decay-steps", "5"], "no room for its plateau"),
+    ],
+)
+def test_values_that_make_no_run(config: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    # What a flag breaks, the parser of flags says, in a box of its own and with its own code.
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main([str(config), *flags])
+    assert caught.value.code == 2
+    assert message.split(":")[0] in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_run_folder_that_is_a_file(config: Path, capsys: pytest.CaptureFixture[str]):
+    code, error = refused(capsys, config, "--run.dir", config)
+    assert code == CANNOT_WRITE
+    assert str(config) in error
+
+
+def test_a_seed_that_differs_has_no_way_out_but_another_run(config: Path, capsys: pytest.CaptureFixture[str]):
+    assert pretrain.main([str(config)]) == 0
+    for flags in ([], ["--run.allow-changes", "run.seed"]):
+        code, error = refused(capsys, config, "--run.seed", 5, *flags)
+        assert code == BAD_CONFIG
+        assert "run.seed = 5, the checkpoint has 3407" in error
+        assert "--run.allow-changes" not in error
+
+
+def test_world_size_without_torchrun(config: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, error = refused(capsys, config)
+    assert code == BAD_CONFIG
+    assert "start several processes with torchrun" in error
 
 
 def test_shards_added_to_the_folder_of_a_run(data: Path, config: Path, tmp_path: Path, capsys):

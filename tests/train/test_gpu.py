@@ -47,5 +47,5 @@ def test_a_run_on_a_gpu_resumes_where_it_was(tmp_path: Path):
     (tmp_path / "run" / "step-8").rename(tmp_path / "lost")
     assert pretrain.pretrain(config) == 0
     again = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
-    assert again[:4] == whole[:4]
+    assert len(again) == len(whole) == 8
     torch.testing.assert_close(torch.tensor(again), torch.tensor(whole), rtol=1e-3, atol=1e-3)

@@ -68,6 +68,22 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(data: Path, tm
     assert record["loss"] is None
 
 
+def test_a_report_counts_the_skipped_steps(data: Path, tmp_path: Path):
+    run_with(tiny_run(data, tmp_path / "run"), poisoned({2}, 6))
+    assert "| steps | 6 of 6, 1 skipped" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(data: Path, tmp_path: Path):
+    config = tiny_run(data, tmp_path / "run")
+    assert pretrain.pretrain(config) == 0
+    for step in checkpoint.steps(tmp_path / "run"):
+        (tmp_path / "run" / f"step-{step}").rename(tmp_path / f"lost-{step}")
+    assert pretrain.pretrain(config) == 0
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "validation_loss" in r] == [0, 3, 6]
+
+
 def test_a_run_goes_on_after_a_bad_step_and_stops_after_several_in_a_row(data: Path, tmp_path: Path):
     progress, _ = run_with(tiny_run(data, tmp_path / "one"), poisoned({2}, 6))
     assert progress.step == 6

@@ -66,7 +66,10 @@ def test_a_checkpoint_has_the_size_the_plan_says(tmp_path: Path):
     assert size == pytest.approx(expected, rel=0.15)  # the header's share shrinks with the model
 
 
-def test_the_dry_run_prints_the_plan_and_allocates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_dry_run_prints_the_plan_and_allocates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 1000 * 2**30)
     code = pretrain.main(["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.path", "nowhere"])
     text = capsys.readouterr()
     assert "parameters         1,100,048,384" in text.out
@@ -75,7 +78,7 @@ def test_the_dry_run_prints_the_plan_and_allocates_nothing(tmp_path: Path, capsy
     assert "not prepared yet" in text.out
     assert 'schedule = "cosine"' in text.out
     assert not (tmp_path / "run").exists()
-    assert code in (0, pretrain.BAD_CONFIG)  # whether 1.1B fits depends on the machine
+    assert code == 0
 
 
 def test_what_cannot_fit_is_said_before_anything_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -91,6 +91,31 @@ def test_a_run_resumed_on_another_number_of_ranks_ends_at_the_same_weights(
     assert largest_difference(resumed, alone) < 1e-12
 
 
+def test_a_run_resumed_on_as_many_ranks_equals_the_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path):
+    whole = tiny_run(data, tmp_path / "run")
+    before = trained(whole, 2, tmp_path)
+    (tmp_path / "run" / "step-6").rename(tmp_path / "lost")
+    after = trained(whole, 2, tmp_path / "again")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("other", [{"optim": {"beta2": 0.5}}, {"data": {"path": "elsewhere"}}], ids=["flags", "data"])
+def test_ranks_that_were_told_different_things_refuse_to_train(data: Path, tmp_path: Path, other: dict):
+    elsewhere = write_data(tmp_path / "elsewhere", num_held_out=20)
+    if "data" in other:
+        other = {"data": {"path": str(elsewhere)}}
+    configs = [config(data, tmp_path / "run"), config(data, tmp_path / "run", **other)]
+
+    def refused(rank: int) -> str:
+        try:
+            pretrain.pretrain(configs[rank])
+        except ValueError as error:
+            return str(error)
+        return "trained"
+
+    assert all("the 2 processes disagree" in message for message in run_ranks(refused, 2, tmp_path))
+
+
 def test_a_rank_that_fails_to_write_makes_all_fail_and_publishes_nothing(data: Path, tmp_path: Path):
     def fail_on_rank_one(rank: int) -> str:
         from train import ranks
