@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_prep import publish
 from resume.regions import Region, is_first_replica, local_part, local_region
 
 FORMAT = 1
@@ -210,11 +211,10 @@ def _publish(aside: Path, final: Path, step: int, record: Mapping[str, Any], con
     whole |= {"files": files, "tensors": layout}
     # Hashed as well: the cursor stands in here, and a flipped digit would be another place in the data.
     _write_text(aside / _RECORD, json.dumps({"xxh3_128": _hash_of(whole), **whole}))
-    _flush_folder(aside)
+    publish.sync_folder(aside)
     if final.exists():
         raise SaveError(f"{final} is already there: another run writes into the same folder; stop one of the two")
-    aside.rename(final)
-    _flush_folder(final.parent)
+    publish.publish(aside, final)
     for old in steps(final.parent)[:-keep]:
         _delete(final.parent / f"step-{old}")
 
@@ -276,14 +276,6 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _together(action: Callable[[], None], error_type: type[CheckpointError], what: str) -> None:

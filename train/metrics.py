@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from data_prep import publish
 from evaluation.report import read_metrics
 
 _TENSORBOARD_TAGS = {
@@ -137,6 +138,4 @@ def _drop_records_after(path: Path, step: int) -> None:
     """Removes what was logged after the checkpoint, all without one: those steps are about to be trained again."""
     records = [record for record in read_metrics(path.parent) if step > 0 and record["step"] <= step]
     if path.is_file():
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        aside.replace(path)
+        publish.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
