@@ -86,8 +86,6 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
     progress = _progress(folder, config, fresh)
     _refuse_disagreement(config, progress, ranks)
     model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))
-    stop = StopRequest()
-    stop.install()
     reader = SampleReader(order.files, sequence_length=order.sequence_length, vocab_size=config.model.vocab_size)
     with contextlib.ExitStack() as cleanup:
         trainer = Trainer(
@@ -100,7 +98,7 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
             validate=_validation(config, data, model, ranks, cleanup),
             samples_per_epoch=order.samples_per_epoch,
             log=None,
-            stop=stop,
+            stop=cleanup.enter_context(StopRequest()),
         )
         if folder is not None:
             loop.load(trainer, folder)

@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType
+from typing import Any, Self
 
 # EX_TEMPFAIL of sysexits.h, "try again": what a scheduler's wrapper tests for to requeue the job.
 STOPPED = 75
@@ -10,15 +11,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this process was told to stop; nothing else happens inside the handler."""
+    """Whether this process was told to stop; nothing else happens inside the handler.
+
+    As a context manager it listens to SIGTERM (schedulers), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's early warning).
+    """
 
     def __init__(self) -> None:
         self.is_set = False
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def install(self) -> None:
-        """Listens to SIGTERM (schedulers), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before the end)."""
-        for number in _SIGNALS:
-            signal.signal(number, self._handle)
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.is_set and number == signal.SIGINT:
