@@ -111,12 +111,14 @@ def _backward_op(dy: Tensor, dh: Tensor | None, h: Tensor, w: Tensor, rstd_M: Te
     num_rows, width = h_MN.shape
     dx_MN = torch.empty((num_rows, width), dtype=h.dtype, device=h.device)
     block_width, rows_per_tile = _tile(width)
-    num_programs = num_persistent_programs(h, -(-num_rows // rows_per_tile))
+    num_tiles = -(-num_rows // rows_per_tile)
+    num_programs = num_persistent_programs(h, num_tiles)
     # Every program writes its row, also when it got no tile, so nothing here is read unwritten.
     partial_dw_PN = torch.empty((num_programs, width), dtype=_sum_dtype(h), device=h.device)
     _backward_kernel[(num_programs,)](
         dy_MN, dy_MN.stride(0), dh_MN, dh_MN.stride(0), h_MN, h_MN.stride(0), w.contiguous(), rstd_M, dx_MN,
         partial_dw_PN, num_rows, width=width, HAS_DH=dh is not None, IN_FP64=h.dtype == torch.float64,
+        TILES=-(-num_tiles // num_programs),
         ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dx_MN.view(h.shape), partial_dw_PN.sum(dim=0).to(w.dtype)
@@ -194,14 +196,17 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy_ptr, dy_stride, dh_ptr, dh_stride, h_ptr, h_stride, w_ptr, rstd_ptr, dx_ptr, partial_dw_ptr, num_rows,
-    width: tl.constexpr, HAS_DH: tl.constexpr, IN_FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    width: tl.constexpr, HAS_DH: tl.constexpr, IN_FP64: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.float64 if IN_FP64 else tl.float32  # pyright: ignore[reportAssignmentType]
     column = tl.arange(0, BLOCK)[None, :]
     w = tl.load(w_ptr + column, mask=column < width, other=0.0).to(SUM)
     dw = tl.zeros((1, BLOCK), dtype=SUM)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        row_M = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    # A fixed count, the last tiles of some programs being empty: triton 3.6's interpreter wants a Python number here.
+    for i in range(TILES):
+        tile = tl.program_id(0).to(tl.int64) + i * tl.num_programs(0)
+        row_M = tile * ROWS + tl.arange(0, ROWS)
         row = row_M[:, None]
         mask = (row < num_rows) & (column < width)
         dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask, other=0.0).to(SUM)

@@ -30,8 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# Off by default, also in fixtures of modules: the interpreter is a thousand times slower than torch.
+INTERPRETER_IS_THERE, launch.INTERPRETED = launch.INTERPRETED, False
+
+
 @pytest.fixture(autouse=True)
 def _kernels_run_where_they_are_tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, only tests/kernels interprets kernels: the interpreter is a thousand times slower than torch."""
-    if "kernels" not in request.path.parts[-2:]:
-        monkeypatch.setattr(launch, "INTERPRETED", False)
+    """On the CPU, tests/kernels interprets kernels."""
+    if "kernels" in request.path.parts[-2:]:
+        monkeypatch.setattr(launch, "INTERPRETED", INTERPRETER_IS_THERE)

@@ -17,7 +17,7 @@ from kernels import rms_norm
 
 capability, dtype, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 block_width, rows = rms_norm._tile(width)
-sizes = {"eps": 1e-6, "width": width, "IN_FP64": dtype == "fp64", "ROWS": rows, "BLOCK": block_width}
+sizes = {"eps": 1e-6, "width": width, "IN_FP64": dtype == "fp64", "TILES": 7, "ROWS": rows, "BLOCK": block_width}
 sums = {"rstd_ptr", "partial_dw_ptr"}
 for kernel, flag in ((rms_norm._forward_kernel, "HAS_RESIDUAL"), (rms_norm._backward_kernel, "HAS_DH")):
     for fused in (False, True):
