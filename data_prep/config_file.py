@@ -177,5 +177,7 @@ def _refuse_repeated_flags(arguments: Sequence[str]) -> None:
 def _refuse_unknown_flags(arguments: Sequence[str], config_type: type) -> None:
     known = [key.replace("_", "-") for key in keys(config_type)]
     for name in _flag_names(arguments):
+        if name.endswith(".preset"):
+            raise ConfigError(f'--{name} is no flag; write preset = "..." into the TOML file\'s [{name[:-7]}] table')
         if name not in known:
             raise ConfigError(f"unknown flag --{name}{_did_you_mean(name, known)}".replace("mean '", "mean '--"))

@@ -67,7 +67,9 @@ def prepare(config: PrepareConfig) -> Manifest:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `prepare` from the command line; errors are one line on stderr and an exit code of sysexits.h."""
     try:
-        prepare(config_file.parse(PrepareConfig, sys.argv[1:] if argv is None else argv, prog="data_prep.pipeline"))
+        arguments = sys.argv[1:] if argv is None else argv
+        prog = "python -m data_prep.pipeline"
+        prepare(config_file.parse(PrepareConfig, arguments, prog=prog, description=__doc__))
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG)
     except ValueError as error:
@@ -192,7 +194,7 @@ def _with_progress(encoded: Iterator[EncodedUnit], units: Sequence[Unit]) -> Ite
     # In a log file a line every half minute is enough.
     interval_s = 0.2 if sys.stderr.isatty() else 30.0
     total_bytes = sum(unit.size_bytes for unit in units)
-    with tqdm(total=total_bytes, desc="encode", unit="B", unit_scale=True, mininterval=interval_s) as bar:
+    with tqdm(total=total_bytes, desc="encode", unit="B", unit_scale=True, mininterval=interval_s, disable=None) as bar:
         for unit in encoded:
             yield unit
             num_documents += unit.num_tokens.size

@@ -56,8 +56,8 @@ class PerplexityCommand:
                 raise ValueError(f"--{key.replace('_', '-')} {value}: must be at least 1")
 
 
-def evaluate(command: PerplexityCommand) -> "Score":
-    """Runs the command and returns the score.
+def evaluate(command: PerplexityCommand) -> "tuple[Score, int]":
+    """Runs the command and returns the score and the tokens per window.
 
     Raises:
         ValueError: whatever is wrong with the model, the data or the text.
@@ -76,7 +76,7 @@ def evaluate(command: PerplexityCommand) -> "Score":
     result = score(loaded.model, tqdm(batches, desc="score", unit="batch", disable=None), token_bytes, loaded.device)
     if not result.num_targets:
         raise ValueError("the text has no token to predict")
-    return result
+    return result, length
 
 
 def _shards(
@@ -129,13 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 after an error, which is printed as one line."""
     command = tyro.cli(PerplexityCommand, args=argv, prog="python -m evaluation.perplexity", description=__doc__)
     try:
-        result = evaluate(command)
+        result, length = evaluate(command)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
         f"loss {result.loss_mean:.4f} nats/token  perplexity {result.perplexity:,.3f}  "
-        f"bits/byte {result.bits_per_byte:.4f}  ({result.num_targets:,} tokens, {result.num_bytes:,} bytes)"
+        f"bits/byte {result.bits_per_byte:.4f}  ({result.num_targets:,} tokens, {result.num_bytes:,} bytes, "
+        f"windows of {length})"
     )
     return 0
 

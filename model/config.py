@@ -38,7 +38,7 @@ class ModelConfig:
     """Whether the query, key and value projections have a bias (Qwen2)."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head before RoPE (Qwen3)."""
-    init: Literal["gpt2", "tinyllama"] = "gpt2"
+    init: Literal["gpt2", "tinyllama"] = "tinyllama"
     """Initialisation scheme; see model/init.py."""
     init_std: float = 0.02
     """Standard deviation of the gpt2 scheme."""
@@ -82,11 +82,9 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-_TINYLLAMA = ModelConfig(init="tinyllama")
-
 PRESETS: dict[str, ModelConfig] = {
     # Zhang et al., "TinyLlama", 2024: 1,100,048,384 parameters.
-    "tinyllama-1.1b": _TINYLLAMA,
+    "tinyllama-1.1b": ModelConfig(),
     # Steel-LLM's size (Gu et al., 2025) with a dense FFN: its six soft-MoE experts of four 1792 x 448 matrices hold
     # exactly as many weights as one SwiGLU of width 3584.
     "steel-1b": ModelConfig(
@@ -100,6 +98,7 @@ PRESETS: dict[str, ModelConfig] = {
         rope_base=1_000_000.0,
         norm_eps=1e-6,
         qkv_bias=True,
+        init="gpt2",
     ),
     # Learns Python's surface in minutes on two CPU cores.
     "smoke": ModelConfig(
@@ -112,7 +111,5 @@ PRESETS: dict[str, ModelConfig] = {
         ffn_size=512,
         context_length=256,
         tie_embeddings=True,
-        # Twice the spread of 0.02, with which so narrow a model learns more slowly (LOG.md).
-        init="tinyllama",
     ),
 }

@@ -137,7 +137,7 @@ def hugging_face_config(config: ModelConfig, *, eos_id: int | None, dtype: str) 
 
 
 def config_from_hugging_face(table: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json describes. The initialisation scheme is not in it and becomes gpt2's.
+    """The shape that a config.json describes. The initialisation scheme is not in it.
 
     Raises:
         ConvertError: a feature that we do not implement, with its key and value; a missing or malformed key.

@@ -47,7 +47,8 @@ def open_split(folder: Path, manifest: Manifest, split: str, show_progress: bool
     """
     records = [record for record in manifest.shards if record.split == split]
     if not records:
-        raise DataError(f"{folder}/manifest.json lists no shard of split {split!r}; run `make prepare-data` again")
+        splits = ", ".join(sorted({record.split for record in manifest.shards}))
+        raise DataError(f"{folder}/manifest.json lists no shard of split {split!r}; its splits are {splits}")
     bar = tqdm(
         records, desc=f"check {split} shards", unit="shard", leave=False, disable=None if show_progress else True
     )

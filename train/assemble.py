@@ -24,7 +24,7 @@ from resume import checkpoint, rng, state
 from resume.manifest import DataError, DataFile, open_split, refuse_overlap
 from resume.order import Order
 from resume.samples import SampleReader
-from train import loop
+from train import loop, plan
 from train.config import RunConfig, refuse_changes, value_of
 from train.loader import Loader, rank_positions
 from train.loop import Progress, Trainer
@@ -55,11 +55,7 @@ def open_data(config: RunConfig, show_progress: bool = False) -> Data:
     """
     folder = Path(config.data.path)
     manifest = read_manifest(folder)
-    if manifest.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size}, but {folder} was encoded with {manifest.vocab_size} token "
-            f"ids; set --model.vocab-size {manifest.vocab_size} or more"
-        )
+    config.check_vocabulary(manifest.vocab_size)
     tokenizer = load_tokenizer(folder / manifest.tokenizer_file, eos_id=manifest.eos_id)
     if tokenizer.digest != manifest.tokenizer_digest:
         raise DataError(
@@ -116,6 +112,10 @@ def _progress(folder: Path | None, config: RunConfig, fresh: state.DataState) ->
     generators = rng.record(config.run.seed)
     if record["rng"] != generators:
         raise ConfigError(f"{folder} draws random numbers as {record['rng']}, this run as {generators}")
+    if record["step"] > config.run.num_steps:
+        raise ConfigError(
+            f"{folder} is past run.num_steps = {config.run.num_steps}; raise it, or set another --run.dir"
+        )
     continued = state.from_json(record["data"])
     state.refuse_other_data(continued, fresh)
     return Progress(record["step"], continued)
@@ -209,5 +209,12 @@ def _open_log(config: RunConfig, data: Data, progress: Progress) -> RunLog:
     data.tokenizer.save(run)  # a run folder is enough to generate from
     (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
     log = RunLog(run, progress.step, to_toml(config))
-    log.note(f"resuming at step {progress.step}" if progress.step else f"starting in {run}")
+    for note in plan.notes(config, data.manifest):
+        log.note(f"note: {note}")
+    if progress.step == config.run.num_steps:
+        log.note(f"already at step {progress.step} of {config.run.num_steps}; to train more, raise --run.num-steps")
+    elif progress.step:
+        log.note(f"resuming at step {progress.step}")
+    else:
+        log.note(f"starting in {run}" + (f" from {config.run.init_from}" if config.run.init_from else ""))
     return log

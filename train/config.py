@@ -175,6 +175,18 @@ class RunConfig:
         """Tokens per optimizer step."""
         return self.data.batch_sequences * self.data.sequence_length
 
+    def check_vocabulary(self, token_ids: int) -> None:
+        """Refuses data with more token ids than the model has embeddings.
+
+        Raises:
+            ConfigError: model.vocab_size is too small.
+        """
+        if token_ids > self.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {self.model.vocab_size}, but {self.data.path} was encoded with {token_ids} token "
+                f"ids; set --model.vocab-size {token_ids} or more"
+            )
+
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches that each of world_size devices accumulates per step.
 

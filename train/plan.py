@@ -127,15 +127,49 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
     return to_toml(config) + "\n" + "\n".join(lines)
 
 
+def notes(config: RunConfig, manifest: Manifest | None) -> list[str]:
+    """What runs, but is probably not meant."""
+    found = []
+    if config.optim.warmup_steps >= config.run.num_steps:
+        found.append(
+            f"optim.warmup_steps = {config.optim.warmup_steps} is the whole run of {config.run.num_steps} steps: the "
+            "learning rate never reaches its peak"
+        )
+    if manifest is not None:
+        if config.model.vocab_size >= 2 * manifest.vocab_size:
+            found.append(
+                f"model.vocab_size = {config.model.vocab_size}, the data has {manifest.vocab_size} token ids: most of "
+                "the embedding is never used"
+            )
+        if num_epochs(config, manifest) > 10:
+            found.append(f"the run sees its data {num_epochs(config, manifest):,.0f} times")
+    return found
+
+
+def num_epochs(config: RunConfig, manifest: Manifest) -> float:
+    """How often the run reads its training shards."""
+    available = sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
+    return config.batch_tokens * config.run.num_steps / max(1, available)
+
+
+def refuse_uneven(config: RunConfig, world_size: int) -> None:
+    """Says what does not split over the devices.
+
+    Raises:
+        ConfigError: batch or replicas do not.
+    """
+    config.num_micro_batches(world_size)
+    if world_size % config.parallel.replicas:
+        raise ConfigError(f"parallel.replicas = {config.parallel.replicas} does not divide the {world_size} devices")
+
+
 def refuse_impossible(config: RunConfig, device_type: str, world_size: int, local_world_size: int) -> None:
     """Says what cannot fit, before anything is allocated.
 
     Raises:
         ConfigError: batch or replicas do not split over the devices, or memory or disk are too small for the estimate.
     """
-    config.num_micro_batches(world_size)
-    if world_size % config.parallel.replicas:
-        raise ConfigError(f"parallel.replicas = {config.parallel.replicas} does not divide the {world_size} devices")
+    refuse_uneven(config, world_size)
     dtype = compute_dtype(config.parallel, torch.device(device_type))
     needed = estimate_memory(config, device_type, world_size).total + _RESERVE_BYTES
     available = device_memory_bytes(device_type, local_world_size)
@@ -162,8 +196,7 @@ def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:
     if manifest is None:
         return f"{config.data.path}: not prepared yet (`make prepare-data`)"
     available = sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
-    epochs = config.batch_tokens * config.run.num_steps / max(1, available)
-    return f"{available:,} tokens in {config.data.path}, so {epochs:.2f} epochs"
+    return f"{available:,} tokens in {config.data.path}, so {num_epochs(config, manifest):,.2f} epochs"
 
 
 def _gib(num_bytes: float) -> str:

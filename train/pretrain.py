@@ -5,9 +5,12 @@
     python train/pretrain.py --dry-run                                    what would be computed, held and written
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host:29400 train/pretrain.py
 
-A run continues from the newest checkpoint in run.dir. SIGTERM, SIGINT or SIGUSR1 stops it at the next step boundary,
-after a checkpoint. Exit codes: 0 done, 65 bad data, 70 loss not finite, 73 cannot write, 75 stopped and
-saved, 78 bad config or checkpoint.
+In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b" or "smoke" sets the keys of the model that it does not.
+
+A run continues from the newest checkpoint in run.dir. SIGTERM or SIGINT, to this process or to torchrun, stops it at
+the next step boundary, after a checkpoint; so does SIGUSR1 to this process (torchrun dies of it).
+Exit codes of this process: 0 done, 65 bad data, 70 loss not finite, 73 cannot write, 75 stopped and saved, 78 bad
+config or checkpoint. torchrun turns all but 0 into 1.
 """
 
 import os
@@ -57,22 +60,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dry_run(config: RunConfig) -> int:
-    """Prints the plan; fails if it cannot fit. WORLD_SIZE=8 in the environment plans for eight devices."""
+    """Prints the plan; fails if it cannot fit here.
+
+    With WORLD_SIZE=8 in the environment, and no torchrun, it plans for eight devices elsewhere: GPUs unless
+    parallel.device is cpu, whose memory is then not known.
+    """
     import torch
 
     from data_prep.manifest import ManifestError, read_manifest
     from train import plan
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    wants_cpu = config.parallel.device == "cpu" or (config.parallel.device == "auto" and not torch.cuda.is_available())
-    device_type = "cpu" if wants_cpu else "cuda"
+    is_elsewhere = "WORLD_SIZE" in os.environ and "RANK" not in os.environ
+    has_gpus = torch.cuda.is_available() or is_elsewhere
+    device_type = (
+        "cuda" if config.parallel.device == "cuda" or (config.parallel.device == "auto" and has_gpus) else "cpu"
+    )
     try:
         manifest = read_manifest(Path(config.data.path))
     except ManifestError:
         manifest = None
+    else:
+        config.check_vocabulary(manifest.vocab_size)
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan.describe(config, manifest, device_type, world_size))
-    plan.refuse_impossible(config, device_type, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        for note in plan.notes(config, manifest):
+            print(f"note: {note}")
+    if is_elsewhere:
+        plan.refuse_uneven(config, world_size)
+    else:
+        plan.refuse_impossible(config, device_type, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return 0
 
 

@@ -1,7 +1,10 @@
 """The processes of a run and what they say to each other. One process is a run of one rank, by the same code."""
 
+import ctypes
 import dataclasses
 import os
+import signal
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -81,6 +84,8 @@ def start(wanted_device: str) -> Ranks:
     Raises:
         ConfigError: see `choose_device`.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        _stop_with_the_launcher()
     device = choose_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -95,6 +100,12 @@ def start(wanted_device: str) -> Ranks:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _stop_with_the_launcher() -> None:
+    """Has the kernel send SIGTERM when torchrun dies: orphans would train on, unseen, beside the run's next life."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def stop() -> None:

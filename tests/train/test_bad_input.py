@@ -161,6 +161,19 @@ def test_values_that_make_no_run(config: Path, flags: list[str], message: str, c
     assert message.split(":")[0] in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_a_checkpoint_past_the_end_of_the_run(config: Path, capsys: pytest.CaptureFixture[str]):
+    assert pretrain.main([str(config)]) == 0
+    code, error = refused(capsys, config, "--run.num-steps", 1)
+    assert code == BAD_CONFIG
+    assert "step-2 is past run.num_steps = 1" in error
+
+
+def test_a_preset_as_a_flag(config: Path, capsys: pytest.CaptureFixture[str]):
+    code, error = refused(capsys, config, "--model.preset", "smoke")
+    assert code == BAD_CONFIG
+    assert "into the TOML file's [model] table" in error
+
+
 def test_a_run_folder_that_is_a_file(config: Path, capsys: pytest.CaptureFixture[str]):
     code, error = refused(capsys, config, "--run.dir", config)
     assert code == CANNOT_WRITE

@@ -154,7 +154,7 @@ def test_a_finished_run_started_again_has_nothing_to_do(data: Path, tmp_path: Pa
     before = (tmp_path / "run" / "step-6" / "record.json").read_bytes()
     assert pretrain.pretrain(config) == 0
     assert (tmp_path / "run" / "step-6" / "record.json").read_bytes() == before
-    assert "resuming at step 6" in capsys.readouterr().out
+    assert "already at step 6 of 6" in capsys.readouterr().out
 
 
 def test_old_checkpoints_are_deleted_beyond_those_to_keep(data: Path, tmp_path: Path):
