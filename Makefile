@@ -48,8 +48,8 @@ format: $(INSTALLED_DEV) ## Format the code and mend what the linter can
 bench-step: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama; results in benchmarks/results
 	$(RUN) -m benchmarks.step
 
-gpu: ## On a CUDA machine with torch and triton installed: the GPU tests and benchmarks, without a virtual environment
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+gpu: ## On a CUDA machine with torch and triton installed, without .venv: the GPU tests and the step benchmark
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/kernels tests/evaluation/test_engine.py tests/train/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m benchmarks.step
 
 clean: ## Delete caches (not data/, runs/ or .venv)
