@@ -62,17 +62,16 @@ def evaluate(command: PerplexityCommand) -> "tuple[Score, int]":
     Raises:
         ValueError: whatever is wrong with the model, the data or the text.
     """
-    import numpy as np
     from tqdm import tqdm
 
     from evaluation.model_folder import load_model
-    from evaluation.score import score
+    from evaluation.score import padded_token_bytes, score
 
     loaded = load_model(command.model, device=command.device)
     trained = _training_settings(command.model)
     length = command.sequence_length or trained.get("sequence_length") or loaded.config.context_length
     batches = _text(command, loaded, length) if command.text else _shards(command, loaded, length, trained)
-    token_bytes = np.pad(loaded.tokenizer.token_bytes(), (0, loaded.config.vocab_size - loaded.tokenizer.vocab_size))
+    token_bytes = padded_token_bytes(loaded.tokenizer, loaded.config.vocab_size)
     result = score(loaded.model, tqdm(batches, desc="score", unit="batch", disable=None), token_bytes, loaded.device)
     if not result.num_targets:
         raise ValueError("the text has no token to predict")

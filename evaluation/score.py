@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from data_prep.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE, cross_entropy_sum
 from model.batch import Batch, collate
 from model.transformer import logits
@@ -100,6 +101,12 @@ def text_batches(tokens: Sequence[int], *, sequence_length: int, batch_size: int
     samples = [stream[start : start + sequence_length + 1] for start in starts]
     for first in range(0, len(samples), batch_size):
         yield collate(samples[first : first + batch_size], sequence_length, eos_id)
+
+
+def padded_token_bytes(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
+    """Bytes per token id (vocab_size,); ids that the model has beyond the tokenizer's stand for none."""
+    token_bytes = tokenizer.token_bytes()
+    return np.pad(token_bytes, (0, vocab_size - len(token_bytes)))
 
 
 def unigram_entropy(tokens: NDArray) -> float:

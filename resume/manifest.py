@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.fingerprint import fingerprint
-from data_prep.manifest import Manifest, ShardRecord
+from data_prep.manifest import Manifest, ShardRecord, num_samples
 from data_prep.shards import HEADER_BYTES, read_header
 
 
@@ -33,7 +33,7 @@ class DataFile:
 
     def num_samples(self, sequence_length: int) -> int:
         """Samples of `sequence_length` targets; the last one may be shorter, none is dropped or padded away."""
-        return -(-self.num_targets // sequence_length)
+        return num_samples(self.num_tokens, sequence_length)
 
 
 def open_split(folder: Path, manifest: Manifest, split: str, show_progress: bool = False) -> list[DataFile]:

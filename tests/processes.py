@@ -1,13 +1,12 @@
 """Runs a function on several ranks as real processes that talk over gloo."""
 
-import contextlib
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,6 @@ def _wait(children: dict[int, int], deadline: float) -> list[int]:
         os.waitpid(pid, 0)
         failed.append(rank)
     return sorted(failed)
-
-
-@contextlib.contextmanager
-def single_rank() -> Iterator[None]:
-    """A process group of one in this process."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def free_port() -> int:

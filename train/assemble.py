@@ -7,16 +7,14 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.config_file import ConfigError, keys, load, to_toml
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from evaluation.score import Score, score, shard_batches
+from evaluation.score import Score, padded_token_bytes, score, shard_batches
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
@@ -195,12 +193,6 @@ def _validation(
         return score(model, bar, token_bytes, ranks.device)
 
     return validate
-
-
-def padded_token_bytes(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
-    """Bytes per token id (vocab_size,); ids that the model has beyond the tokenizer's stand for none."""
-    token_bytes = tokenizer.token_bytes()
-    return np.pad(token_bytes, (0, vocab_size - len(token_bytes)))
 
 
 def _open_log(config: RunConfig, data: Data, progress: Progress) -> RunLog:

@@ -148,8 +148,12 @@ def notes(config: RunConfig, manifest: Manifest | None) -> list[str]:
 
 def num_epochs(config: RunConfig, manifest: Manifest) -> float:
     """How often the run reads its training shards."""
-    available = sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
-    return config.batch_tokens * config.run.num_steps / max(1, available)
+    return config.batch_tokens * config.run.num_steps / max(1, training_targets(manifest))
+
+
+def training_targets(manifest: Manifest) -> int:
+    """Tokens to predict in all training shards."""
+    return sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
 
 
 def refuse_uneven(config: RunConfig, world_size: int) -> None:
@@ -195,8 +199,7 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
 def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:
     if manifest is None:
         return f"{config.data.path}: not prepared yet (`make prepare-data`)"
-    available = sum(shard.token_count - 1 for shard in manifest.shards if shard.split == "train")
-    return f"{available:,} tokens in {config.data.path}, so {num_epochs(config, manifest):,.2f} epochs"
+    return f"{training_targets(manifest):,} tokens in {config.data.path}, so {num_epochs(config, manifest):,.2f} epochs"
 
 
 def _gib(num_bytes: float) -> str:

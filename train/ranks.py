@@ -45,10 +45,6 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
-        self.sum_int(0)
-
 
 def device_name(device: torch.device) -> str:
     """The vendor's exact name of a device, as the table of peaks spells it."""
