@@ -8,7 +8,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 GPUS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-step gpu clean
+.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-step bench-loader picture gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -48,8 +48,14 @@ format: $(INSTALLED_DEV) ## Format the code and mend what the linter can
 bench-step: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama; results in benchmarks/results
 	$(RUN) -m benchmarks.step
 
+bench-loader: $(INSTALLED_DEV) ## Time reading, lookup and restart beside other projects' ways; results in benchmarks/results
+	$(RUN) -m benchmarks.loader $(ARGS)
+
+picture: $(INSTALLED) ## Draw docs/data-order.png
+	$(RUN) docs/draw_data_order.py
+
 gpu: ## On a CUDA machine with torch and triton installed, without .venv: the GPU tests and the step benchmark
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/kernels tests/evaluation/test_engine.py tests/train/test_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/kernels tests/evaluation/test_engine.py tests/model/test_batch.py tests/train/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m benchmarks.step
 
 clean: ## Delete caches (not data/, runs/ or .venv)

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from model.flops import flops_per_token, mfu, num_params
 from model.init import initial_value
 from train import ranks
 from train.config import DataSection, RunConfig, with_values
+from train.feed import Feed
 from train.loop import Trainer, train_step
 from train.objectives import next_token_loss
 from train.optim import make_optimizer
@@ -113,10 +114,9 @@ def _ours(config: RunConfig, this: ranks.Ranks) -> Step:
         ranks=this,
         model=model,
         optimizer=make_optimizer(model, config.optim),
-        batches=iter(()),
+        feed=cast(Feed, None),  # a step is given its batches
         objective=next_token_loss,
         validate=None,
-        samples_per_epoch=1,
         log=None,
         stop=StopRequest(),
     )

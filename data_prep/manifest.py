@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +109,12 @@ def read_manifest(folder: Path) -> Manifest:
     if not manifest.shards:
         raise ManifestError(f"{path}: shards is empty, there is nothing to train on; {_REMEDY}")
     return manifest
+
+
+def merged(folders: Mapping[Path, Manifest]) -> Manifest:
+    """One manifest of the shards of several data folders, of one tokenizer; the first gives all else."""
+    first, *others = folders.values()
+    return dataclasses.replace(first, shards=first.shards + tuple(shard for m in others for shard in m.shards))
 
 
 def _from_table(path: Path, where: str, table: Any, table_type: type[Table]) -> Table:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep import config_file, corpus, identity, publish, report, training_sample
+from data_prep.checksums import write_checksums
 from data_prep.config_file import ConfigError
 from data_prep.corpus import InputFile
 from data_prep.documents import InputError, Unit, plan_units
@@ -233,6 +234,8 @@ def _write_manifest(
             for path, header in shards
         ),
     )
+    for record in manifest.shards:
+        write_checksums(folder / record.file, manifest.sample_tokens)
     write_manifest(folder, manifest)
     return manifest
 

@@ -38,4 +38,4 @@ def bad_lines(merged: Merged, folder: Path) -> str:
 
 def next_command(folder: Path) -> str:
     """How to train on the result."""
-    return f"next: torchrun --nproc_per_node=8 train/pretrain.py --data.path {folder}"
+    return f"next: torchrun --nproc_per_node=8 train/pretrain.py --data.paths {folder}"

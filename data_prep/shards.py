@@ -96,9 +96,18 @@ def verify_payload(path: Path) -> None:
         file.seek(HEADER_BYTES)
         while block := file.read(_READ_BYTES):
             digest.update(block)
-    if digest.hexdigest() != header.payload_xxh3:
+    check_payload(path, header, digest.hexdigest())
+
+
+def check_payload(path: Path, header: ShardHeader, found_xxh3: str) -> None:
+    """Compare the hash that a payload was found to have with the header's.
+
+    Raises:
+        ShardError: they differ.
+    """
+    if found_xxh3 != header.payload_xxh3:
         raise ShardError(
-            f"{path}: the payload's xxh3 is {digest.hexdigest()}, the header says {header.payload_xxh3}. "
+            f"{path}: the payload's xxh3 is {found_xxh3}, the header says {header.payload_xxh3}. "
             "The tokens changed after they were written; copy the file again or prepare the data anew"
         )
 

@@ -20,7 +20,7 @@ import tyro
 if TYPE_CHECKING:
     from evaluation.model_folder import LoadedModel
     from evaluation.score import Score
-    from model.batch import Batch
+    from model.batch import TokenRows
 
 # torch and the model are imported where they are used, so that --help is instant.
 
@@ -32,7 +32,7 @@ class PerplexityCommand:
     model: tyro.conf.Positional[Path]
     """Run folder, checkpoint folder (step-N) or Hugging Face folder."""
     data: Path | None = None
-    """Data folder to score on; by default the one the run was trained with."""
+    """Data folder to score on; by default those that the run was started with."""
     split: str = "validation"
     """Split of the data folder."""
     text: tuple[Path, ...] = ()
@@ -80,30 +80,30 @@ def evaluate(command: PerplexityCommand) -> "tuple[Score, int]":
 
 def _shards(
     command: PerplexityCommand, loaded: "LoadedModel", length: int, trained: dict[str, Any]
-) -> "Iterator[Batch]":
+) -> "Iterator[TokenRows]":
     from data_prep.manifest import read_manifest
     from evaluation.score import shard_batches
-    from resume.manifest import open_split
     from resume.samples import SampleReader
+    from resume.verify import open_split
 
-    if command.data is None and "path" not in trained:
+    if command.data is None and "paths" not in trained:
         raise ValueError(f"{command.model} does not say what it was trained on; pass --data FOLDER or --text FILE")
-    folder = command.data or Path(trained["path"])
-    manifest = read_manifest(folder)
-    if manifest.tokenizer_digest != loaded.tokenizer.digest:
-        raise ValueError(f"{folder} was encoded with another tokenizer than {command.model}'s; score raw --text")
-    files = open_split(folder, manifest, command.split)
+    folders = {path: read_manifest(path) for path in ([command.data] if command.data else map(Path, trained["paths"]))}
+    for folder, manifest in folders.items():
+        if manifest.tokenizer_digest != loaded.tokenizer.digest:
+            raise ValueError(f"{folder} was encoded with another tokenizer than {command.model}'s; score raw --text")
+    files = open_split(folders, command.split)
     isolate = command.isolate_documents
+    vocab_size, eos_id = loaded.config.vocab_size, loaded.tokenizer.eos_id
     return shard_batches(
-        SampleReader(files, sequence_length=length, vocab_size=loaded.config.vocab_size),
+        SampleReader(files, sequence_length=length, vocab_size=vocab_size, eos_id=eos_id),
         num_sequences=command.max_sequences,
         batch_size=command.batch_size,
-        eos_id=manifest.eos_id,
         isolate_documents=trained.get("isolate_documents", False) if isolate is None else isolate,
     )
 
 
-def _text(command: PerplexityCommand, loaded: "LoadedModel", length: int) -> "Iterator[Batch]":
+def _text(command: PerplexityCommand, loaded: "LoadedModel", length: int) -> "Iterator[TokenRows]":
     from evaluation.score import text_batches
 
     for path in command.text:

@@ -11,9 +11,9 @@ from torch import nn
 
 from data_prep.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE, cross_entropy_sum
-from model.batch import Batch, collate
+from model.batch import TokenRows, as_unsigned, collate, empty_rows, token_rows
 from model.transformer import logits
-from resume.samples import SampleReader
+from resume.samples import NO_SAMPLE, SampleReader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,23 +46,26 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable[Batch], token_bytes: NDArray[np.int32], device: torch.device) -> Score:
+def score(
+    model: nn.Module, batches: Iterable[TokenRows], token_bytes: NDArray[np.int32], device: torch.device
+) -> Score:
     """Sums loss, targets and bytes over batches; the model is left in the mode it came in.
 
     Shapes: token_bytes (V,), the bytes each token stands for.
     """
     was_training = model.training
     model.eval()
+    token_bytes_V = torch.from_numpy(token_bytes).to(device)
     total = Score()
-    for batch in batches:
-        on_device = batch.to(device)
+    for rows in batches:
+        batch = rows.to(device)
         loss_sum = model(
-            on_device.tokens,
-            on_device.boundaries,
-            readout=lambda hidden, head, targets=on_device.targets: cross_entropy_sum(logits(hidden, head), targets),
+            batch.tokens,
+            batch.boundaries,
+            readout=lambda hidden, head, targets=batch.targets: cross_entropy_sum(logits(hidden, head), targets),
         )
-        targets = batch.targets[batch.targets != IGNORE].numpy()
-        total += Score(loss_sum.item(), batch.num_targets, int(token_bytes[targets].sum()))
+        num_bytes = token_bytes_V[batch.targets[batch.targets != IGNORE]].sum()
+        total += Score(loss_sum.item(), batch.num_targets, int(num_bytes.item()))
     model.train(was_training)
     return total
 
@@ -72,29 +75,30 @@ def shard_batches(
     *,
     num_sequences: int,
     batch_size: int,
-    eos_id: int,
     isolate_documents: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[TokenRows]:
     """num_sequences samples spread evenly over a split (all, if it has fewer), dealt to the ranks batch by batch.
 
-    Every rank gets the same number of batches, empty ones if need be: a sharded model's forward is a collective.
+    Every rank gets the same number of batches, empty ones if need be: a sharded model's forward is a collective. Every
+    batch has batch_size rows, empty ones if need be: a compiled model is compiled for one shape.
     """
     ends = np.cumsum([file.num_samples(reader.sequence_length) for file in reader.files])
     total = int(ends[-1])
     chosen = min(num_sequences, total)
     for start in range(0, chosen, batch_size * world_size):
-        mine = np.arange(start + rank * batch_size, min(start + (rank + 1) * batch_size, chosen)) * total // chosen
-        files = np.searchsorted(ends, mine, side="right")
-        behind = ends[files] - mine  # samples from here to the end of the file
-        lengths = [reader.files[file].num_samples(reader.sequence_length) for file in files]
-        samples = [reader.read(f, n - b) for f, n, b in zip(files.tolist(), lengths, behind.tolist(), strict=True)]
-        nothing = np.full(1, eos_id)
-        yield collate(samples or [nothing], reader.sequence_length, eos_id, isolate_documents)
+        places = np.arange(start + rank * batch_size, start + (rank + 1) * batch_size)
+        spread = np.minimum(places, chosen - 1) * total // chosen
+        files = np.searchsorted(ends, spread, side="right")
+        firsts = np.concatenate(([0], ends))[files]
+        samples = np.where(places < chosen, spread - firsts, NO_SAMPLE)
+        tokens = empty_rows(batch_size, reader.sequence_length, reader.dtype.itemsize)
+        row_targets = reader.read_into(files, samples, as_unsigned(tokens)).num_targets.tolist()
+        yield token_rows(tokens, row_targets, eos_id=reader.eos_id, isolate_documents=isolate_documents)
 
 
-def text_batches(tokens: Sequence[int], *, sequence_length: int, batch_size: int, eos_id: int) -> Iterator[Batch]:
+def text_batches(tokens: Sequence[int], *, sequence_length: int, batch_size: int, eos_id: int) -> Iterator[TokenRows]:
     """Consecutive windows over one document: every token is a target once, the first one after EOS."""
     stream = np.array([eos_id, *tokens], dtype=np.int64)
     starts = range(0, len(stream) - 1, sequence_length)

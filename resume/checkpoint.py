@@ -96,6 +96,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def verify(folder: Path) -> None:
+    """Checks every file of a checkpoint against its record.
+
+    Raises:
+        CheckpointError: names the first that is missing or damaged.
+    """
+    _verify(folder, read_record(folder)["files"])
+
+
 def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fills every tensor, sharded or not, from a checkpoint written by any number of ranks; returns the record.
 

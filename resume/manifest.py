@@ -1,16 +1,14 @@
-"""The shards of one split, each known by its content and checked before the first token is read."""
+"""The shards of a run: each known by its content, listed by manifests, found again wherever it lies."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.fingerprint import fingerprint
-from data_prep.manifest import Manifest, ShardRecord, num_samples
-from data_prep.shards import HEADER_BYTES, read_header
+from data_prep.manifest import Manifest, num_samples
+from data_prep.shards import HEADER_BYTES
 
 
 class DataError(ValueError):
@@ -25,6 +23,7 @@ class DataFile:
     path: Path
     dtype: np.dtype
     num_tokens: int
+    source: str = ""
 
     @property
     def num_targets(self) -> int:
@@ -36,30 +35,48 @@ class DataFile:
         return num_samples(self.num_tokens, sequence_length)
 
 
-def open_split(folder: Path, manifest: Manifest, split: str, show_progress: bool = False) -> list[DataFile]:
-    """Checks every shard of a split against the manifest and returns them, ordered by identity.
-
-    Compared are size, header, and MD5 of head and tail: a truncated, replaced or re-tokenised shard is refused here,
-    where it costs a line, instead of as a SIGBUS or a garbled loss in the middle of a run.
+def listed_files(folders: Mapping[Path, Manifest], split: str) -> list[DataFile]:
+    """What the manifests of data folders list as one split, ordered by identity. Nothing but the manifests is read.
 
     Raises:
-        DataError: no shard of that split, a missing, changed or foreign one, or the same content twice.
+        DataError: the same content twice.
     """
-    records = [record for record in manifest.shards if record.split == split]
-    if not records:
-        splits = ", ".join(sorted({record.split for record in manifest.shards}))
-        raise DataError(f"{folder}/manifest.json lists no shard of split {split!r}; its splits are {splits}")
-    bar = tqdm(
-        records, desc=f"check {split} shards", unit="shard", leave=False, disable=None if show_progress else True
-    )
-    files = sorted((_checked(folder, manifest, record) for record in bar), key=lambda file: file.file_id)
-    for first, second in itertools.pairwise(files):
-        if first.file_id == second.file_id:
-            raise DataError(f"{first.path} and {second.path} have the same content; remove one from the manifest")
-    return files
+    files: dict[str, DataFile] = {}
+    for folder, manifest in folders.items():
+        for record in manifest.shards:
+            if record.split != split:
+                continue
+            file = DataFile(
+                file_id=record.fingerprint.file_id,
+                path=folder / record.file,
+                dtype=np.dtype(record.dtype).newbyteorder("<"),
+                num_tokens=record.token_count,
+                source=record.source,
+            )
+            if file.file_id in files:
+                twin = files[file.file_id].path
+                raise DataError(f"{file.path} and {twin} have the same content; remove one from the manifest")
+            files[file.file_id] = file
+    return [files[file_id] for file_id in sorted(files)]
 
 
-def refuse_overlap(training: Sequence[DataFile], validation: Sequence[DataFile]) -> None:
+def refuse_other_tokenizers(folders: Mapping[Path, Manifest]) -> None:
+    """Refuses data folders that were not all encoded by one tokenizer.
+
+    Raises:
+        DataError: names two that differ.
+    """
+    (first, reference), *others = folders.items()
+    for folder, manifest in others:
+        for name in ("tokenizer_digest", "eos_id"):
+            if getattr(manifest, name) != getattr(reference, name):
+                raise DataError(
+                    f"{folder}: {name} is {getattr(manifest, name)}, that of {first} is {getattr(reference, name)}; "
+                    "encode the text of both with one tokenizer (--tokenizer.path)"
+                )
+
+
+def refuse_overlap(training: Iterable[DataFile], validation: Iterable[DataFile]) -> None:
     """Refuses a shard that would be trained on and validated with.
 
     Raises:
@@ -71,27 +88,59 @@ def refuse_overlap(training: Sequence[DataFile], validation: Sequence[DataFile])
             raise DataError(f"{file.path} (validation) has the content of {trained[file.file_id]} (train); remove one")
 
 
-def _checked(folder: Path, manifest: Manifest, record: ShardRecord) -> DataFile:
-    path = folder / record.file
-    if not path.is_file():
-        raise DataError(f"{path}: in the manifest but not on disk; restore it or prepare the data again")
-    expected_bytes = HEADER_BYTES + record.token_count * np.dtype(record.dtype).itemsize
-    if path.stat().st_size != expected_bytes:
+def find_files(
+    file_ids: Sequence[str], places: Sequence[Mapping[str, DataFile]], folders: Iterable[Path]
+) -> dict[str, DataFile]:
+    """`look_for`, but all of them.
+
+    Raises:
+        DataError: some are nowhere.
+    """
+    found = look_for(file_ids, places, folders)
+    lost = [file_id for file_id in file_ids if file_id not in found]
+    if lost:
+        hint = next(place[lost[0]] for place in places if lost[0] in place)
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, the manifest's {record.token_count} tokens make {expected_bytes}; "
-            "the shard is truncated or replaced: restore it"
+            f"{len(lost)} of the run's {len(file_ids)} training shards are not on disk, one of them {hint.path} "
+            f"({lost[0]}); restore them, name the folder they were moved to with --data.search FOLDER, or take them "
+            "out with `python -m resume remove RUN FILE`"
         )
-    header = read_header(path)
-    if header.tokenizer_digest != manifest.tokenizer_digest:
-        raise DataError(
-            f"{path}: written with tokenizer {header.tokenizer_digest}, the data folder's tokenizer is "
-            f"{manifest.tokenizer_digest}; encode the text again with one tokenizer"
-        )
-    found = fingerprint(path)
-    if found != record.fingerprint:
-        raise DataError(
-            f"{path}: fingerprint {found.file_id}, manifest has {record.fingerprint.file_id}. The file changed "
-            "after it was prepared; restore it, or add the new version under another name"
-        )
-    dtype = np.dtype(header.dtype).newbyteorder("<")
-    return DataFile(file_id=found.file_id, path=path, dtype=dtype, num_tokens=header.token_count)
+    return found
+
+
+def look_for(
+    file_ids: Sequence[str], places: Sequence[Mapping[str, DataFile]], folders: Iterable[Path]
+) -> dict[str, DataFile]:
+    """Finds files by content: where the first of `places` says, or the next, or anywhere below `folders`.
+
+    Cost: a fingerprint (2 MiB read) of each file of a fitting size, only if a file is not where it should be.
+    """
+    found: dict[str, DataFile] = {}
+    for file_id in file_ids:
+        listed = [place[file_id] for place in places if file_id in place]
+        there = [file for file in listed if file.path.is_file()]
+        if there:
+            found[file_id] = there[0]
+    lost = [file_id for file_id in file_ids if file_id not in found]
+    for file_id, path in (_search(lost, folders) if lost else {}).items():
+        hint = next(place[file_id] for place in places if file_id in place)
+        found[file_id] = dataclasses.replace(hint, path=path)
+    return found
+
+
+def file_of(file_id: str, path: Path, token_bytes: int, source: str = "") -> DataFile:
+    """A file from its identity alone, which holds its size, and where it should lie."""
+    return DataFile(
+        file_id=file_id,
+        path=path,
+        dtype=np.dtype(f"<u{token_bytes}"),
+        num_tokens=(int(file_id.rsplit("-", 1)[1]) - HEADER_BYTES) // token_bytes,
+        source=source,
+    )
+
+
+def _search(lost: Sequence[str], folders: Iterable[Path]) -> dict[str, Path]:
+    sizes = {int(file_id.rsplit("-", 1)[1]) for file_id in lost}
+    candidates = {path.resolve() for folder in folders if folder.is_dir() for path in folder.rglob("*.bin")}
+    fitting = [path for path in sorted(candidates) if path.stat().st_size in sizes]
+    return {file_id: path for path in fitting if (file_id := fingerprint(path).file_id) in lost}

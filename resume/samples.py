@@ -1,17 +1,61 @@
-"""Reads samples out of shards: positioned reads, no memory map, every token id checked against the vocabulary."""
+"""Reads samples out of shards, straight into the rows of a batch: positioned reads, no memory map.
+
+Every sample is checked against its checksum where the shard has a file of them, every token id against the vocabulary.
+"""
 
 import os
-from collections import OrderedDict
+import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from data_prep.shards import HEADER_BYTES
+from data_prep.checksums import (
+    CHECKSUM_BYTES,
+    TABLE_OFFSET,
+    ChecksumError,
+    ChecksumHeader,
+    checksum_path,
+    read_checksum_header,
+    sample_checksums,
+    verify_checksums,
+)
+from data_prep.shards import HEADER_BYTES, ShardError
 from resume.manifest import DataError, DataFile
 
-# A trillion tokens are thousands of shards, the usual limit of open files is 1,024; the least recently used is closed.
-_MAX_OPEN_FILES = 512
+NO_SAMPLE = 2**40
+"""A sample index behind the end of any file: its row is EOS without a target."""
+# Groups of samples remembered as announced: more than a window of a shuffle by groups holds.
+_RECENT_GROUPS = 16_384
+
+
+class BadSampleError(DataError):
+    """A sample whose bytes are not those that were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRead:
+    """What the rows of one `read_into` hold."""
+
+    num_targets: NDArray[np.int64]
+    """Targets per row (R,): fewer than the sequence length at the end of a file, none in an empty or bad row."""
+    bad_rows: list[int]
+    """Rows whose sample is quarantined, that is EOS without a target."""
+
+
+class _OpenFile(NamedTuple):
+    """Descriptors of a shard and, where its samples are checked, of its checksum file."""
+
+    shard: int
+    checksums: int | None
+
+    def close(self) -> None:
+        os.close(self.shard)
+        if self.checksums is not None:
+            os.close(self.checksums)
 
 
 class SampleReader:
@@ -21,56 +65,184 @@ class SampleReader:
     need, and a file that shrinks under a map kills the process with SIGBUS instead of raising.
     """
 
-    def __init__(self, files: Sequence[DataFile], *, sequence_length: int, vocab_size: int):
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        *,
+        sequence_length: int,
+        vocab_size: int,
+        eos_id: int,
+        on_bad_sample: Literal["stop", "quarantine"] = "stop",
+        group_samples: int = 1,
+    ):
+        """Reads the heads of the files' checksum files; samples are read in groups of `group_samples` neighbours.
+
+        Raises:
+            DataError: a checksum file that is damaged or another shard's, or files of different dtypes.
+        """
         self.files = list(files)
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self.eos_id = eos_id
+        self.dtype = _common_dtype(self.files)
+        self._quarantines = on_bad_sample == "quarantine"
+        self._group_samples = group_samples
+        self._targets_of_file = np.array([file.num_targets for file in self.files], dtype=np.int64)
+        self._checksums = [_usable_checksums(file, sequence_length) for file in self.files]
+        self._max_open_files = _max_open_files()
+        self._open_files: dict[int, _OpenFile] = {}
+        self._recent_groups: dict[tuple[int, int], None] = {}
 
-    def read(self, file_index: int, sample_index: int) -> NDArray[np.unsignedinteger]:
-        """Returns the sample's tokens, at most sequence_length + 1 and at least 2, in the shard's dtype.
+    @property
+    def num_checked_files(self) -> int:
+        """Files whose samples are compared with checksums; not those that have none for this sequence length."""
+        return sum(header is not None for header in self._checksums)
 
+    def read_into(self, files: NDArray[np.int64], samples: NDArray[np.int64], rows: NDArray) -> RowsRead:
+        """Reads sample samples[r] of file files[r] into rows[r]; what a short one lacks becomes EOS.
+
+        Shapes: files, samples (R,); rows (R or more, L + 1), contiguous.
+        Dtypes: rows as `dtype`.
         Raises:
-            DataError: the file shrank, or holds a token id that the vocabulary does not have.
+            BadSampleError: a sample differs from its checksum, and is not to be quarantined.
+            DataError: a file shrank, holds a token id that the vocabulary does not have, or its checksums are damaged.
         """
-        file = self.files[file_index]
-        offset, num_bytes = self._extent(file, sample_index)
-        data = os.pread(self._descriptor(file_index), num_bytes, offset)
-        if len(data) != num_bytes:
-            raise DataError(
-                f"{file.path}: sample {sample_index} wants {num_bytes} bytes at {offset}, the file has {len(data)}; "
-                "it was truncated while in use: restore it"
-            )
-        tokens = np.frombuffer(data, dtype=file.dtype)
-        if int(tokens.max()) >= self.vocab_size:
-            at = int(tokens.argmax())
-            raise DataError(
-                f"{file.path}: token id {tokens[at]} at token {sample_index * self.sequence_length + at} (sample "
-                f"{sample_index}), the model's vocab_size is {self.vocab_size}; restore the shard, or set "
-                "--model.vocab-size to that of the tokenizer"
-            )
-        return tokens
+        num_targets = np.clip(self._targets_of_file[files] - samples * self.sequence_length, 0, self.sequence_length)
+        row_bytes, token_bytes = rows.strides[0], rows.itemsize
+        sample_bytes = row_bytes - token_bytes
+        # A row without targets has no context token either.
+        sizes = (num_targets + (num_targets > 0)) * token_bytes
+        memory, starts = rows.data.cast("B"), range(0, len(files) * row_bytes, row_bytes)
+        preadv, is_open = os.preadv, self._open_files.get  # looked up once: this loop is what reading costs
+        bad_rows: list[int] = []
+        for file, sample, start, size in zip(files.tolist(), samples.tolist(), starts, sizes.tolist()):
+            if not size:
+                continue
+            shard, checksums = is_open(file) or self._open(file)
+            content = memory[start : start + size]
+            found = preadv(shard, (content,), HEADER_BYTES + sample * sample_bytes)
+            if found != size:
+                raise self._truncated(file, sample, size, found)
+            if checksums is not None and not self._is_intact(file, sample, content, checksums):
+                self._refuse_bad(file, sample)
+                bad_rows.append(start // row_bytes)
+        num_targets[bad_rows] = 0
+        for row in np.flatnonzero(num_targets < self.sequence_length).tolist():
+            rows[row, num_targets[row] + 1 if num_targets[row] else 0 :] = self.eos_id
+        self._refuse_foreign_ids(files, samples, rows[: len(files)])
+        return RowsRead(num_targets, bad_rows)
 
-    def will_need(self, file_index: int, sample_index: int) -> None:
-        """Asks the kernel to read the sample in the background."""
-        offset, num_bytes = self._extent(self.files[file_index], sample_index)
-        os.posix_fadvise(self._descriptor(file_index), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+    def will_need(self, files: NDArray[np.int64], samples: NDArray[np.int64]) -> None:
+        """Asks the kernel to read samples (R,) of files (R,), or the groups that they belong to, in the background."""
+        exist = samples * self.sequence_length < self._targets_of_file[files]
+        firsts = samples[exist] // self._group_samples * self._group_samples
+        wanted = list(zip(files[exist].tolist(), firsts.tolist()))
+        if self._group_samples > 1:
+            wanted = self._not_announced(wanted)
+        sample_bytes = self.sequence_length * self.dtype.itemsize
+        num_bytes = self._group_samples * sample_bytes + self.dtype.itemsize
+        for file, first in wanted:
+            shard, _ = self._open_files.get(file) or self._open(file)
+            os.posix_fadvise(shard, HEADER_BYTES + first * sample_bytes, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Closes the files; the reader may be used again."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for opened in self._open_files.values():
+            opened.close()
+        self._open_files.clear()
 
-    def _extent(self, file: DataFile, sample_index: int) -> tuple[int, int]:
-        first = sample_index * self.sequence_length
-        num_tokens = min(self.sequence_length + 1, file.num_tokens - first)
-        return HEADER_BYTES + first * file.dtype.itemsize, num_tokens * file.dtype.itemsize
+    def _not_announced(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        fresh = [group for group in dict.fromkeys(groups) if group not in self._recent_groups]
+        self._recent_groups.update(dict.fromkeys(fresh))
+        while len(self._recent_groups) > _RECENT_GROUPS:
+            del self._recent_groups[next(iter(self._recent_groups))]
+        return fresh
 
-    def _descriptor(self, file_index: int) -> int:
-        if file_index not in self._descriptors:
-            if len(self._descriptors) >= _MAX_OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file_index] = os.open(self.files[file_index].path, os.O_RDONLY)
-        self._descriptors.move_to_end(file_index)
-        return self._descriptors[file_index]
+    def _open(self, index: int) -> _OpenFile:
+        if len(self._open_files) >= self._max_open_files:
+            # The one opened first: the order is random, so that the least recently used would serve no better.
+            self._open_files.pop(next(iter(self._open_files))).close()
+        path = self.files[index].path
+        checksums = None
+        if self._checksums[index] is not None:
+            checksums = os.open(checksum_path(path), os.O_RDONLY)
+            # All of it, a quarter of a megabyte per gigabyte: else each sample would wait for a page of checksums.
+            os.posix_fadvise(checksums, 0, 0, os.POSIX_FADV_WILLNEED)
+        opened = self._open_files[index] = _OpenFile(os.open(path, os.O_RDONLY), checksums)
+        return opened
+
+    def _is_intact(self, file: int, sample: int, content: memoryview, checksums: int) -> bool:
+        header = self._checksums[file]
+        assert header is not None
+        if header.sample_tokens == self.sequence_length:  # the usual case, at half the cost of the general one
+            recorded = os.pread(checksums, CHECKSUM_BYTES, TABLE_OFFSET + sample * CHECKSUM_BYTES)
+            return int.from_bytes(recorded, "little") == xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+        found = sample_checksums(content, header.sample_tokens, self.dtype.itemsize)
+        first = sample * (self.sequence_length // header.sample_tokens)
+        recorded = os.pread(checksums, len(found) * CHECKSUM_BYTES, TABLE_OFFSET + first * CHECKSUM_BYTES)
+        return recorded == b"".join([checksum.to_bytes(CHECKSUM_BYTES, "little") for checksum in found])
+
+    def _refuse_bad(self, index: int, sample: int) -> None:
+        """Raises unless it is the sample that is bad, and bad samples are quarantined."""
+        file, header = self.files[index], self._checksums[index]
+        assert header is not None
+        try:
+            verify_checksums(file.path, header)
+        except (ChecksumError, ShardError) as error:
+            raise DataError(str(error)) from error
+        if not self._quarantines:
+            first = sample * self.sequence_length
+            last = min(first + self.sequence_length, file.num_targets)
+            raise BadSampleError(
+                f"{file.path}: sample {sample} (tokens {first} to {last}) differs from its checksum: the shard changed "
+                "after it was written. See what else is damaged with: python -m resume verify RUN; restore the shard, "
+                "or train without such samples with --data.on-bad-sample quarantine"
+            )
+
+    def _truncated(self, index: int, sample: int, wanted_bytes: int, found_bytes: int) -> DataError:
+        return DataError(
+            f"{self.files[index].path}: sample {sample} wants {wanted_bytes} bytes, the file has {found_bytes} of "
+            "them; it was truncated while in use: restore it"
+        )
+
+    def _refuse_foreign_ids(self, files: NDArray[np.int64], samples: NDArray[np.int64], rows: NDArray) -> None:
+        if int(rows.max(initial=0)) < self.vocab_size:
+            return
+        row, at = np.argwhere(rows >= self.vocab_size)[0].tolist()
+        raise DataError(
+            f"{self.files[files[row]].path}: token id {rows[row, at]} at token "
+            f"{samples[row] * self.sequence_length + at} (sample {samples[row]}), the model's vocab_size is "
+            f"{self.vocab_size}; restore the shard, or set --model.vocab-size to that of the tokenizer"
+        )
+
+
+def _common_dtype(files: Sequence[DataFile]) -> np.dtype:
+    dtypes = {file.dtype: file for file in files}
+    if len(dtypes) != 1:
+        examples = ", ".join(f"{file.path} of {dtype}" for dtype, file in dtypes.items()) or "none"
+        raise DataError(f"the samples of a batch come from files of one dtype, not {examples}; prepare the data anew")
+    return files[0].dtype
+
+
+def _usable_checksums(file: DataFile, sequence_length: int) -> ChecksumHeader | None:
+    """The head of a file's checksums; None without any, or where samples do not begin and end where checksums do."""
+    try:
+        header = read_checksum_header(file.path)
+    except (ChecksumError, ShardError) as error:
+        raise DataError(str(error)) from error
+    return header if header is not None and sequence_length % header.sample_tokens == 0 else None
+
+
+def _max_open_files() -> int:
+    """Files that a reader holds open, after raising this process's soft limit as far as it may.
+
+    A trillion tokens are thousands of shards, the usual soft limit is 1,024 open files, and opening a shard costs more
+    than reading a sample of it. An eighth of the limit: each file has two descriptors, there are readers for training
+    and validation, and others need some, too.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return max(1, (wanted if soft == resource.RLIM_INFINITY else soft) // 8)

@@ -15,7 +15,7 @@ def tiny_run(data_folder: Path, run_folder: Path, **sections: dict[str, Any]) ->
         RunConfig(model=TINY),
         run={"dir": str(run_folder), "num_steps": 6, "save_every": 3, "validate_every": 3, "keep_checkpoints": 9},
         data={
-            "path": str(data_folder),
+            "paths": (str(data_folder),),
             "sequence_length": 32,
             "batch_sequences": 12,
             "micro_batch_sequences": 2,

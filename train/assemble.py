@@ -12,19 +12,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.config_file import ConfigError, keys, load, to_toml
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import Manifest, merged, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from evaluation.score import Score, padded_token_bytes, score, shard_batches
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
 from resume import checkpoint, rng, state
-from resume.manifest import DataError, DataFile, open_split, refuse_overlap
+from resume import ledger as ledgers
+from resume.ledger import Ledger
+from resume.manifest import DataError, DataFile, listed_files, refuse_other_tokenizers
 from resume.order import Order
 from resume.samples import SampleReader
+from resume.verify import check_files
 from train import loop, plan
 from train.config import RunConfig, refuse_changes, value_of
-from train.loader import Loader, rank_positions
+from train.feed import Feed, drop_samples_after, fresh_state
 from train.loop import Progress, Trainer
 from train.metrics import RunLog
 from train.objectives import next_token_loss
@@ -33,26 +36,31 @@ from train.ranks import Ranks
 from train.sharding import WholeValue, build_model
 from train.signals import StopRequest
 
+# Keys that may differ from machine to machine: where things lie.
+_LOCAL = ("run.dir", "data.paths", "data.search")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Data:
-    """Prepared data, checked, and the tokenizer it was made with."""
+    """Prepared data and the tokenizer it was made with. Held-out shards are checked, training shards only listed."""
 
     manifest: Manifest
+    """The manifests of all data folders in one."""
     tokenizer: Tokenizer
     training: list[DataFile]
     validation: list[DataFile]
 
 
 def open_data(config: RunConfig, show_progress: bool = False) -> Data:
-    """Opens and checks the data folder.
+    """Opens the data folders.
 
     Raises:
         DataError, ManifestError, ShardError, TokenizerError: missing, damaged or mismatching data.
         ConfigError: the model's vocabulary is smaller than the tokenizer's.
     """
-    folder = Path(config.data.path)
-    manifest = read_manifest(folder)
+    folders = {Path(path): read_manifest(Path(path)) for path in config.data.paths}
+    refuse_other_tokenizers(folders)
+    folder, manifest = next(iter(folders.items()))
     config.check_vocabulary(manifest.vocab_size)
     tokenizer = load_tokenizer(folder / manifest.tokenizer_file, eos_id=manifest.eos_id)
     if tokenizer.digest != manifest.tokenizer_digest:
@@ -60,11 +68,11 @@ def open_data(config: RunConfig, show_progress: bool = False) -> Data:
             f"{tokenizer.file}: digest {tokenizer.digest}, the shards were encoded with {manifest.tokenizer_digest}; "
             "restore the tokenizer file or encode the text again"
         )
-    training = open_split(folder, manifest, "train", show_progress)
-    has_validation = any(shard.split == "validation" for shard in manifest.shards)
-    validation = open_split(folder, manifest, "validation") if has_validation else []
-    refuse_overlap(training, validation)
-    return Data(manifest, tokenizer, training, validation)
+    training, validation = listed_files(folders, "train"), listed_files(folders, "validation")
+    if not training:
+        raise DataError(f"{' '.join(config.data.paths)}: no shard of split 'train'; prepare the data again")
+    check_files(validation, "headtail", manifest.tokenizer_digest, show_progress=show_progress)
+    return Data(merged(folders), tokenizer, training, validation)
 
 
 @contextlib.contextmanager
@@ -74,37 +82,41 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
     Raises:
         ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or is damaged.
     """
-    order = Order(data.training, seed=config.run.seed, sequence_length=config.data.sequence_length)
-    fresh = state.start(order, tokenizer_digest=data.manifest.tokenizer_digest, eos_id=data.manifest.eos_id)
-    folder = checkpoint.latest(Path(config.run.dir))
-    progress = _progress(folder, config, fresh)
+    run, folder = Path(config.run.dir), checkpoint.latest(Path(config.run.dir))
+    progress, ledger = _progress(folder, config, data)
+    if ranks.is_first:
+        drop_samples_after(run, progress.step)
     _refuse_disagreement(config, progress, ranks)
     model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))
-    reader = SampleReader(order.files, sequence_length=order.sequence_length, vocab_size=config.model.vocab_size)
     with contextlib.ExitStack() as cleanup:
+        feed = Feed(config, ranks, progress.data, ledger, data.training, data.validation)
+        cleanup.callback(feed.close)
+        progress = Progress(progress.step, feed.state)
         trainer = Trainer(
             config=config,
             ranks=ranks,
             model=model,
             optimizer=make_optimizer(model, config.optim),
-            batches=cleanup.enter_context(_loader(config, data, order, reader, ranks, progress)),
+            feed=feed,
             objective=next_token_loss,
             validate=_validation(config, data, model, ranks, cleanup),
-            samples_per_epoch=order.samples_per_epoch,
             log=None,
             stop=cleanup.enter_context(StopRequest()),
         )
         if folder is not None:
             loop.load(trainer, folder)
         if ranks.is_first:
-            trainer.log = _open_log(config, data, progress)
+            trainer.log = _open_log(config, data, progress, ranks.world_size)
             cleanup.callback(trainer.log.close)
+        feed.open()
+        loop.log_notes(trainer)
         yield trainer, progress
 
 
-def _progress(folder: Path | None, config: RunConfig, fresh: state.DataState) -> Progress:
+def _progress(folder: Path | None, config: RunConfig, data: Data) -> tuple[Progress, Ledger | None]:
+    """Where the run stands, and its books."""
     if folder is None:
-        return Progress(0, fresh)
+        return Progress(0, fresh_state(config, data.manifest, data.training)), None
     refuse_changes(config, load(folder / "config.toml", RunConfig))
     record = checkpoint.read_record(folder)
     generators = rng.record(config.run.seed)
@@ -115,8 +127,15 @@ def _progress(folder: Path | None, config: RunConfig, fresh: state.DataState) ->
             f"{folder} is past run.num_steps = {config.run.num_steps}; raise it, or set another --run.dir"
         )
     continued = state.from_json(record["data"])
-    state.refuse_other_data(continued, fresh)
-    return Progress(record["step"], continued)
+    state.refuse_other_data(continued, tokenizer_digest=data.manifest.tokenizer_digest, eos_id=data.manifest.eos_id)
+    order = Order(continued)
+    ledger = ledgers.from_json(record["trained"], order.file_ids)
+    length, batch = config.data.sequence_length, config.data.batch_sequences
+    if length != continued.sequence_length:
+        order.refuse_losing_length(length)
+    if (length, batch) != (continued.sequence_length, continued.batch.batch_sequences):
+        continued = state.set_batch(continued, batch, length)
+    return Progress(record["step"], continued), ledger
 
 
 def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
@@ -137,29 +156,9 @@ def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
     return value
 
 
-def _loader(
-    config: RunConfig, data: Data, order: Order, reader: SampleReader, ranks: Ranks, progress: Progress
-) -> Loader:
-    positions = rank_positions(
-        progress.data.position,
-        batch_sequences=config.data.batch_sequences,
-        micro_batch=config.data.micro_batch_sequences,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    return Loader(
-        order,
-        reader,
-        positions,
-        eos_id=data.manifest.eos_id,
-        isolate_documents=config.data.isolate_documents,
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-
 def _refuse_disagreement(config: RunConfig, progress: Progress, ranks: Ranks) -> None:
     """Machines may have been given other flags, hold other data, or see another newest checkpoint."""
-    same_everywhere = {name: value_of(config, name) for name in keys(RunConfig) if name not in ("run.dir", "data.path")}
+    same_everywhere = {name: value_of(config, name) for name in keys(RunConfig) if name not in _LOCAL}
     text = json.dumps([same_everywhere, progress.step, progress.data.to_json()], sort_keys=True)
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     if not ranks.agree_on(digest):
@@ -176,7 +175,12 @@ def _validation(
         return None
     token_bytes = padded_token_bytes(data.tokenizer, config.model.vocab_size)
     sequence_length = config.data.sequence_length
-    reader = SampleReader(data.validation, sequence_length=sequence_length, vocab_size=config.model.vocab_size)
+    reader = SampleReader(
+        data.validation,
+        sequence_length=sequence_length,
+        vocab_size=config.model.vocab_size,
+        eos_id=data.manifest.eos_id,
+    )
     cleanup.callback(reader.close)
 
     def validate() -> Score:
@@ -184,7 +188,6 @@ def _validation(
             reader,
             num_sequences=config.data.validation_sequences,
             batch_size=config.data.micro_batch_sequences,
-            eos_id=data.manifest.eos_id,
             isolate_documents=config.data.isolate_documents,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -195,13 +198,13 @@ def _validation(
     return validate
 
 
-def _open_log(config: RunConfig, data: Data, progress: Progress) -> RunLog:
+def _open_log(config: RunConfig, data: Data, progress: Progress, world_size: int) -> RunLog:
     run = Path(config.run.dir)
     run.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run)  # a run folder is enough to generate from
     (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
     log = RunLog(run, progress.step, to_toml(config))
-    for note in plan.notes(config, data.manifest):
+    for note in plan.notes(config, data.manifest, world_size):
         log.note(f"note: {note}")
     if progress.step == config.run.num_steps:
         log.note(f"already at step {progress.step} of {config.run.num_steps}; to train more, raise --run.num-steps")

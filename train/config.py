@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from data_prep.config_file import ConfigError, keys
 from model.config import ModelConfig
+from resume.mixture import parse_max_epochs, parse_schedule
 
 # Keys that may differ from the checkpoint's when a run is resumed: they change where and how fast the same steps are
 # computed, or when something is written, but not what is learned. run.num_steps is here because runs get extended; it
@@ -20,9 +21,13 @@ CHANGEABLE_ON_RESUME = (
     "run.max_nonfinite_steps",
     "run.init_from",
     "run.allow_changes",
-    "data.path",
+    "data.paths",
+    "data.search",
     "data.micro_batch_sequences",
     "data.validation_sequences",
+    "data.verify",
+    "data.on_bad_sample",
+    "data.record_samples",
     "parallel.device",
     "parallel.precision",
     "parallel.replicas",
@@ -32,8 +37,16 @@ CHANGEABLE_ON_RESUME = (
 )
 
 
-# Keys that make another order of samples: no checkpoint can be continued under other values.
-_FIXED_FOR_A_RUN = ("run.seed", "data.sequence_length")
+# Keys that define the order of samples: no checkpoint can be continued under other values. (A sequence length may
+# change, if allowed, where nothing is lost by it; a mixture changes by `python -m resume reweight`.)
+_FIXED_FOR_A_RUN = (
+    "run.seed",
+    "data.mixture",
+    "data.max_epochs",
+    "data.when_exhausted",
+    "data.group_tokens",
+    "data.window_groups",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +77,25 @@ class RunSection:
 class DataSection:
     """What is read, in which portions."""
 
-    path: str = "data/default"
-    """Folder that `make prepare-data` wrote."""
+    paths: tuple[str, ...] = ("data/default",)
+    """Folders that `make prepare-data` wrote, all with one tokenizer. A run that has begun takes in more of them by
+    `python -m resume append`."""
+    search: tuple[str, ...] = ()
+    """Further folders to look in for shards that are not where they were; files are known by their content."""
+    mixture: tuple[str, ...] = ()
+    """Weights of the sources, exact in every 65,536 samples: "web=0.7 code=0.3"; later ones with the number of tokens
+    from which they hold: "20e9: web=0.4 code=0.6". Default: all files are one pool, each sample once an epoch."""
+    max_epochs: tuple[str, ...] = ()
+    """How often samples may be seen: "4", or by source, "web=1" "code=4". Default: as often as the run wants."""
+    when_exhausted: Literal["renormalise", "stop", "error"] = "renormalise"
+    """When a source reaches max_epochs: the others take over its share, or the run ends there, well or as an error."""
     sequence_length: int = 2_048
     """Targets per sample, in tokens."""
+    group_tokens: int | None = None
+    """Tokens that stay together in the order: the longest sequence_length that the run may change to. Default: one
+    sample."""
+    window_groups: int = 1
+    """Groups whose samples are shuffled together. With large groups this is for slow storage: whole groups are read."""
     batch_sequences: int = 1_024
     """Samples per optimizer step, over all devices; with sequence_length this makes the tokens per step."""
     micro_batch_sequences: int = 16
@@ -76,6 +104,13 @@ class DataSection:
     """Whether tokens see only their own document in a packed sample."""
     validation_sequences: int = 512
     """Held-out samples per validation, over all devices (fewer if the split has fewer)."""
+    verify: Literal["stat", "headtail", "full"] = "stat"
+    """How shards are checked at a start: unchanged by size, time and inode since they were last checked; by MD5 of both
+    ends; or by the hash of the whole content."""
+    on_bad_sample: Literal["stop", "quarantine"] = "stop"
+    """What to do with a sample that differs from its checksum: end the run, or leave it out and write it down."""
+    record_samples: bool = False
+    """Whether every rank writes down which samples each step trained: samples/rank-*.jsonl in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +172,7 @@ class RunConfig:
         positive = (
             "run.num_steps run.save_every run.keep_checkpoints run.validate_every run.max_nonfinite_steps "
             "data.sequence_length data.batch_sequences data.micro_batch_sequences data.validation_sequences "
+            "data.window_groups "
             "optim.peak_lr optim.decay_steps optim.eps optim.max_grad_norm parallel.replicas"
         )
         for name in positive.split():
@@ -165,6 +201,16 @@ class RunConfig:
                 f"data.sequence_length = {self.data.sequence_length} exceeds model.context_length = "
                 f"{self.model.context_length}; lower the first or raise the second"
             )
+        if not self.data.paths:
+            raise ConfigError("data.paths is empty; name at least one folder that `make prepare-data` wrote")
+        parse_schedule(self.data.mixture)
+        parse_max_epochs(self.data.max_epochs)
+        group_tokens = self.data.group_tokens or self.data.sequence_length
+        if group_tokens < 1 or group_tokens % self.data.sequence_length or self.batch_tokens % group_tokens:
+            raise ConfigError(
+                f"data.group_tokens = {group_tokens}: must be a multiple of data.sequence_length = "
+                f"{self.data.sequence_length} and divide a step's {self.batch_tokens} tokens"
+            )
         known = keys(RunConfig)
         for name in self.run.allow_changes:
             if name not in known:
@@ -183,31 +229,13 @@ class RunConfig:
         """
         if token_ids > self.model.vocab_size:
             raise ConfigError(
-                f"model.vocab_size = {self.model.vocab_size}, but {self.data.path} was encoded with {token_ids} token "
-                f"ids; set --model.vocab-size {token_ids} or more"
+                f"model.vocab_size = {self.model.vocab_size}, but {' '.join(self.data.paths)} was encoded with "
+                f"{token_ids} token ids; set --model.vocab-size {token_ids} or more"
             )
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Micro-batches that each of world_size devices accumulates per step.
-
-        Raises:
-            ConfigError: the batch does not split evenly.
-        """
-        portion = world_size * self.data.micro_batch_sequences
-        if self.data.batch_sequences % portion:
-            fitting = [
-                n for n in range(1, self.data.batch_sequences + 1) if self.data.batch_sequences % (n * world_size) == 0
-            ]
-            remedy = (
-                f"set --data.micro-batch-sequences to one of {fitting}"
-                if fitting
-                else f"make --data.batch-sequences a multiple of {world_size}"
-            )
-            raise ConfigError(
-                f"data.batch_sequences = {self.data.batch_sequences} does not split into micro-batches of "
-                f"{self.data.micro_batch_sequences} on {world_size} devices; {remedy}"
-            )
-        return self.data.batch_sequences // portion
+        """Micro-batches that each of world_size devices accumulates per step; the last ones may be partly empty."""
+        return -(-self.data.batch_sequences // (world_size * self.data.micro_batch_sequences))
 
 
 def value_of(config: RunConfig, name: str) -> Any:

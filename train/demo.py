@@ -42,6 +42,7 @@ def main() -> int:
     pretrain = pretrain_command(torch.cuda.device_count())
     _train_and_stop(pretrain, run)
     _do(pretrain)
+    _do(["-m", "resume", "audit", str(run)])
     samples = [
         _do(["-m", "evaluation.generate", str(run), "--prompt", prompt, "--max-new-tokens", "60"], quiet=True)
         for prompt in PROMPTS

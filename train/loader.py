@@ -1,37 +1,88 @@
 """Micro-batches in the run's global order, read ahead by one thread: the order is known, so nothing is guessed."""
 
+import collections
+import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from model.batch import Batch, collate
+from model.batch import Batch, TokenRows, as_unsigned, empty_rows, token_rows
 from resume.order import Order
-from resume.samples import SampleReader
+from resume.samples import NO_SAMPLE, SampleReader
 
 # Positions resolved at a time: a single one costs 138 us, one of 4,096 costs 48 ns.
 _BLOCK_POSITIONS = 4_096
 # Samples whose pages the kernel is asked for ahead of their use.
 _READ_AHEAD_SAMPLES = 256
+# Micro-batches go from thread to thread in pieces of about this size: with 128 KiB the hand-over costs more than the
+# reading, from 4 MiB on fresh memory begins to count.
+_PIECE_BYTES = 2 * 1024 * 1024
 
 
 def rank_positions(
-    start: int, *, batch_sequences: int, micro_batch: int, rank: int, world_size: int
+    start: int, *, batch_sequences: int, micro_batch: int, rank: int, world_size: int, end: int | None = None
 ) -> Iterator[NDArray[np.int64]]:
-    """Positions of this rank's micro-batches, for ever: micro-batch a of a step holds start + (a W + rank) m + 0..m-1.
+    """Positions of this rank's micro-batches, for ever or up to, not including, `end`.
 
-    Together the ranks read each position of a step exactly once, whatever their number.
+    The step at t has the positions t..t+G-1 below `end`; micro-batch a of rank r holds those of them that lie in
+    t + (a W + r) m + 0..m-1. Together the ranks read each position exactly once, whatever their number. Every rank has
+    as many micro-batches as the others, if need be empty ones, because their forward and backward are collectives.
     """
-    while True:
-        for first in range(start + rank * micro_batch, start + batch_sequences, world_size * micro_batch):
-            yield np.arange(first, first + micro_batch, dtype=np.int64)
-        start += batch_sequences
+    while end is None or start < end:
+        stop = start + batch_sequences if end is None else min(start + batch_sequences, end)
+        for first in range(start + rank * micro_batch, stop + rank * micro_batch, world_size * micro_batch):
+            yield np.arange(first, min(first + micro_batch, stop), dtype=np.int64)
+        start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows to train on, and which samples they are: what the run writes down when the step commits.
+
+    `rows` has as many rows in every micro-batch; those behind the P positions are EOS without a target.
+
+    Shapes: positions, files, samples (P,).
+    """
+
+    rows: TokenRows
+    positions: NDArray[np.int64]
+    files: NDArray[np.int64]
+    """Indices into the order's files."""
+    samples: NDArray[np.int64]
+    """Indices of the samples inside their files."""
+    bad: list[tuple[int, int]]
+    """(file, sample) of those whose rows are empty because their bytes are not the ones that were written."""
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all rows together."""
+        return self.rows.num_targets
+
+    def to(self, device: torch.device) -> Batch:
+        """What the model reads, on a device."""
+        return self.rows.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive micro-batches that are read at once.
+
+    Shapes: files, samples (micro-batches * rows,), NO_SAMPLE in rows that stay empty.
+    """
+
+    positions: list[NDArray[np.int64]]
+    files: NDArray[np.int64]
+    samples: NDArray[np.int64]
 
 
 class Loader:
-    """An endless iterator over this rank's micro-batches; use it as a context manager, so that its thread ends."""
+    """An iterator over this rank's micro-batches; use it as a context manager, so that its thread ends."""
 
     def __init__(
         self,
@@ -39,17 +90,21 @@ class Loader:
         reader: SampleReader,
         positions: Iterator[NDArray[np.int64]],
         *,
-        eos_id: int,
+        micro_batch: int,
         isolate_documents: bool = False,
         pin_memory: bool = False,
-        micro_batches_ahead: int = 8,
     ):
+        """Positions come in arrays of at most `micro_batch`, which is the number of rows of every micro-batch."""
         self._order, self._reader, self._positions = order, reader, positions
-        self._make: Callable[[list[NDArray]], Batch] = lambda samples: collate(
-            samples, order.sequence_length, eos_id, isolate_documents
-        )
+        self._micro_batch = micro_batch
+        self._isolate_documents = isolate_documents
         self._pin_memory = pin_memory
-        self._ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=micro_batches_ahead)
+        row_bytes = (reader.sequence_length + 1) * reader.dtype.itemsize
+        self._micro_batches_per_piece = max(1, _PIECE_BYTES // (row_bytes * micro_batch))
+        # One piece is waiting while the next is read.
+        self._ready: queue.Queue[list[MicroBatch] | Exception] = queue.Queue(maxsize=1)
+        self._current: collections.deque[MicroBatch] = collections.deque()
+        self._ended_with: Exception | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
 
@@ -59,56 +114,83 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self._thread.join()
+        while self._thread.is_alive():  # perhaps waiting for room
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.01)
         self._reader.close()
 
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> MicroBatch:
         """The next micro-batch.
 
         Raises:
             DataError: what the reader found, on the thread that trains.
+            StopIteration: the positions have come to their end.
         """
-        item = self._ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        if not self._current:
+            self._current.extend(self._next_piece())
+        return self._current.popleft()
+
+    def _next_piece(self) -> list[MicroBatch]:
+        if self._ended_with is None:
+            item = self._ready.get()
+            if not isinstance(item, Exception):
+                return item
+            self._ended_with = item
+        raise self._ended_with
 
     def _read_ahead(self) -> None:
         try:
-            for locations in self._locations():
-                batch = self._make([self._reader.read(file, sample) for file, sample in locations])
-                if not self._put(batch.pinned() if self._pin_memory else batch):
+            for piece in self._announced_pieces():
+                if self._stopping.is_set():
                     return
+                self._ready.put(self._read(piece))
+            self._ready.put(StopIteration())
         except Exception as error:  # handed over: it must reach the training thread, whatever it is
-            self._put(error)
+            self._ready.put(error)
 
-    def _locations(self) -> Iterator[list[tuple[int, int]]]:
-        """(file, sample) lists of successive micro-batches, resolved in large blocks and announced to the kernel."""
-        pending: list[NDArray[np.int64]] = []
-        for positions in self._positions:
-            pending.append(positions)
-            if sum(map(len, pending)) < _BLOCK_POSITIONS:
-                continue
-            files, samples = self._order.resolve(np.concatenate(pending))
-            locations = list(zip(files.tolist(), samples.tolist(), strict=True))
-            announced = end = 0
-            for group in pending:
-                start, end = end, end + len(group)
-                while announced < min(len(locations), end + _READ_AHEAD_SAMPLES):
-                    self._reader.will_need(*locations[announced])
-                    announced += 1
-                yield locations[start:end]
-            pending = []
+    def _read(self, piece: _Piece) -> list[MicroBatch]:
+        rows = empty_rows(len(piece.files), self._reader.sequence_length, self._reader.dtype.itemsize, self._pin_memory)
+        read = self._reader.read_into(piece.files, piece.samples, as_unsigned(rows))
+        row_targets = read.num_targets.tolist()
+        micro_batches: list[MicroBatch] = []
+        for i, (positions, tokens) in enumerate(zip(piece.positions, rows.split(self._micro_batch))):
+            first = i * self._micro_batch
+            end, full_end = first + len(positions), first + self._micro_batch
+            bad = [(int(piece.files[r]), int(piece.samples[r])) for r in read.bad_rows if first <= r < end]
+            files, samples = piece.files[first:end], piece.samples[first:end]
+            micro_batches.append(
+                MicroBatch(self._token_rows(tokens, row_targets[first:full_end]), positions, files, samples, bad)
+            )
+        return micro_batches
 
-    def _put(self, item: Batch | Exception) -> bool:
-        """Hands an item over; False when the loader is closing."""
-        while not self._stopping.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _token_rows(self, tokens: torch.Tensor, row_targets: list[int]) -> TokenRows:
+        return token_rows(tokens, row_targets, eos_id=self._reader.eos_id, isolate_documents=self._isolate_documents)
+
+    def _announced_pieces(self) -> Iterator[_Piece]:
+        """Pieces in order, each after enough of those behind it have been announced to the kernel."""
+        ahead: collections.deque[_Piece] = collections.deque()
+        num_ahead = 0
+        for piece in self._pieces():
+            self._reader.will_need(piece.files, piece.samples)
+            ahead.append(piece)
+            num_ahead += len(piece.files)
+            while num_ahead - len(ahead[0].files) >= _READ_AHEAD_SAMPLES:
+                num_ahead -= len(ahead[0].files)
+                yield ahead.popleft()
+        yield from ahead
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """Resolves positions in large blocks and cuts them into pieces."""
+        micro_batches_per_block = -(-_BLOCK_POSITIONS // self._micro_batch)
+        while block := list(itertools.islice(self._positions, micro_batches_per_block)):
+            num_rows = len(block) * self._micro_batch
+            slots = np.arange(num_rows).reshape(len(block), self._micro_batch)
+            is_real = (slots - slots[:, :1] < np.array([[len(positions)] for positions in block])).ravel()
+            files, samples = np.zeros(num_rows, dtype=np.int64), np.full(num_rows, NO_SAMPLE)
+            files[is_real], samples[is_real] = self._order.resolve(np.concatenate(block))
+            for first in range(0, len(block), self._micro_batches_per_piece):
+                rows = slice(first * self._micro_batch, (first + self._micro_batches_per_piece) * self._micro_batch)
+                yield _Piece(block[first : first + self._micro_batches_per_piece], files[rows], samples[rows])

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,30 @@ from evaluation.score import Score
 from model.batch import Batch
 from model.flops import flops_per_token, mfu
 from resume import checkpoint, rng
+from resume.manifest import DataError
 from resume.state import DataState
 from train.config import RunConfig
+from train.feed import Feed
 from train.metrics import RunLog, StepRecord, memory_gib
 from train.optim import clip_factor, scale_gradients, set_learning_rate, squared_grad_norm, state_tensors
 from train.ranks import Ranks, device_name
 from train.schedule import learning_rate
 from train.sharding import reshard, sync_gradients
 from train.signals import StopRequest
+
+
+class HostBatch(Protocol):
+    """A micro-batch before it is on the device."""
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all its rows."""
+        ...
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        ...
+
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the sum of a loss over the batch's targets."""
@@ -50,10 +67,9 @@ class Trainer:
     ranks: Ranks
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Iterator[Batch]
+    feed: Feed
     objective: Objective
     validate: Callable[[], Score] | None
-    samples_per_epoch: int
     log: RunLog | None
     stop: StopRequest
 
@@ -76,19 +92,22 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
         NotFiniteError: run.max_nonfinite_steps steps in a row could not be applied.
     """
     run = trainer.config.run
-    accumulation = trainer.config.num_micro_batches(trainer.ranks.world_size)
-    stop_requested, num_not_finite = False, 0
+    stop_requested, num_not_finite, saved_step = False, 0, progress.step
     if progress.step == 0:
         _validate(trainer, progress)
     while progress.step < run.num_steps and not stop_requested:
         started_s = time.perf_counter()
         rng.seed_step(run.seed, progress.step)
         rate = learning_rate(trainer.config.optim, progress.step, run.num_steps)
-        micro_batches = [next(trainer.batches) for _ in range(accumulation)]
+        micro_batches = trainer.feed.next_step()
+        if not micro_batches:
+            _end_of_data(trainer, progress, is_saved=saved_step == progress.step)
+            break
         outcome = train_step(trainer, micro_batches, rate)
         # The cursor moves here and nowhere else: read-ahead that no step has committed is read again after a resume.
         trained = outcome.num_targets if outcome.is_finite else 0
-        progress = Progress(progress.step + 1, progress.data.advance(trainer.config.data.batch_sequences, trained))
+        progress = Progress(progress.step + 1, trainer.feed.advanced(progress.data, trained))
+        trainer.feed.book(micro_batches, progress.step)
         _log_step(trainer, progress, outcome, rate, time.perf_counter() - started_s)
         num_not_finite = 0 if outcome.is_finite else num_not_finite + 1
         if num_not_finite >= run.max_nonfinite_steps:
@@ -98,11 +117,14 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
         if is_last or progress.step % run.validate_every == 0:
             _validate(trainer, progress)
         if is_last or stop_requested or progress.step % run.save_every == 0:
+            progress = Progress(progress.step, trainer.feed.take_up(progress.data))
             save(trainer, progress)
+            saved_step = progress.step
+        log_notes(trainer)
     return progress
 
 
-def train_step(trainer: Trainer, micro_batches: Sequence[Batch], rate: float) -> StepOutcome:
+def train_step(trainer: Trainer, micro_batches: Sequence[HostBatch], rate: float) -> StepOutcome:
     """One optimizer step over this rank's micro-batches.
 
     Losses and gradients are sums over all ranks and micro-batches, divided once by the global number of targets. A step
@@ -110,11 +132,12 @@ def train_step(trainer: Trainer, micro_batches: Sequence[Batch], rate: float) ->
     """
     model, ranks = trainer.model, trainer.ranks
     num_targets = ranks.sum_int(sum(batch.num_targets for batch in micro_batches))
+    divisor = max(1, num_targets)  # a step may have no targets, if all its samples are quarantined
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for i, batch in enumerate(micro_batches):
         sync_gradients(model, is_last=i == len(micro_batches) - 1)
         micro_loss_sum = trainer.objective(model, batch.to(ranks.device))
-        (micro_loss_sum / num_targets).backward()
+        (micro_loss_sum / divisor).backward()
         loss_sum += micro_loss_sum.detach()
     # One collective and one wait for the device per step: loss, gradient norm, and whether anyone was told to stop.
     total_loss, squared_norm, num_stops = ranks.sum_all(
@@ -122,7 +145,7 @@ def train_step(trainer: Trainer, micro_batches: Sequence[Batch], rate: float) ->
     )
     grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
     is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
-    if is_finite:
+    if is_finite and num_targets:
         factor = clip_factor(grad_norm, trainer.config.optim.max_grad_norm)
         if factor < 1.0:
             scale_gradients(model, factor)
@@ -130,7 +153,7 @@ def train_step(trainer: Trainer, micro_batches: Sequence[Batch], rate: float) ->
         trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepOutcome(
-        loss_mean=total_loss / num_targets,
+        loss_mean=total_loss / divisor,
         grad_norm=grad_norm,
         num_targets=num_targets,
         is_finite=is_finite,
@@ -145,7 +168,7 @@ def save(trainer: Trainer, progress: Progress) -> Path:
         Path(config.run.dir),
         progress.step,
         state_tensors(trainer.model, trainer.optimizer),
-        {"data": progress.data.to_json(), "rng": rng.record(config.run.seed)},
+        {"data": progress.data.to_json(), "trained": trainer.feed.books(), "rng": rng.record(config.run.seed)},
         to_toml(config),
         config.run.keep_checkpoints,
     )
@@ -157,6 +180,30 @@ def save(trainer: Trainer, progress: Progress) -> Path:
 def load(trainer: Trainer, folder: Path) -> None:
     """Fills model and optimizer from a checkpoint; every rank calls it."""
     checkpoint.load_into(folder, state_tensors(trainer.model, trainer.optimizer))
+
+
+def log_notes(trainer: Trainer) -> None:
+    """Logs what the feed noticed."""
+    for note in trainer.feed.notes:
+        if trainer.log is not None:
+            trainer.log.note(note)
+
+
+def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
+    """Validates and saves what can be trained when every source has given all it may."""
+    run = trainer.config.run
+    if progress.step % run.validate_every:
+        _validate(trainer, progress)
+    if not is_saved:
+        save(trainer, progress)
+    message = (
+        f"the data ends after step {progress.step} of {run.num_steps}: data.max_epochs is reached. Append data with "
+        f"`python -m resume append {run.dir} FOLDER` and start the run again"
+    )
+    if trainer.config.data.when_exhausted == "error":
+        raise DataError(message)
+    if trainer.log is not None:
+        trainer.log.note(message)
 
 
 def _validate(trainer: Trainer, progress: Progress) -> None:
@@ -185,7 +232,7 @@ def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: 
         memory_gib=memory_gib(ranks.device),
         step_s=step_s,
         tokens_seen=progress.data.tokens_seen,
-        epoch=progress.data.position / trainer.samples_per_epoch,
+        epoch=max(trainer.feed.order.progress(progress.data.position).values()),
         skipped=not outcome.is_finite,
     )
     trainer.log.step(record, config.run.num_steps)

@@ -127,9 +127,16 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
     return to_toml(config) + "\n" + "\n".join(lines)
 
 
-def notes(config: RunConfig, manifest: Manifest | None) -> list[str]:
+def notes(config: RunConfig, manifest: Manifest | None, world_size: int) -> list[str]:
     """What runs, but is probably not meant."""
     found = []
+    rows = config.num_micro_batches(world_size) * world_size * config.data.micro_batch_sequences
+    if rows > config.data.batch_sequences:
+        found.append(
+            f"data.batch_sequences = {config.data.batch_sequences} does not split into micro-batches of "
+            f"{config.data.micro_batch_sequences} on {world_size} device(s): {rows - config.data.batch_sequences} of "
+            f"{rows} rows of each step stay empty"
+        )
     if config.optim.warmup_steps >= config.run.num_steps:
         found.append(
             f"optim.warmup_steps = {config.optim.warmup_steps} is the whole run of {config.run.num_steps} steps: the "
@@ -160,9 +167,8 @@ def refuse_uneven(config: RunConfig, world_size: int) -> None:
     """Says what does not split over the devices.
 
     Raises:
-        ConfigError: batch or replicas do not.
+        ConfigError: the replicas do not.
     """
-    config.num_micro_batches(world_size)
     if world_size % config.parallel.replicas:
         raise ConfigError(f"parallel.replicas = {config.parallel.replicas} does not divide the {world_size} devices")
 
@@ -171,7 +177,7 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     """Says what cannot fit, before anything is allocated.
 
     Raises:
-        ConfigError: batch or replicas do not split over the devices, or memory or disk are too small for the estimate.
+        ConfigError: replicas do not split over the devices, or memory or disk are too small for the estimate.
     """
     refuse_uneven(config, world_size)
     dtype = compute_dtype(config.parallel, torch.device(device_type))
@@ -198,8 +204,9 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
 
 def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:
     if manifest is None:
-        return f"{config.data.path}: not prepared yet (`make prepare-data`)"
-    return f"{training_targets(manifest):,} tokens in {config.data.path}, so {num_epochs(config, manifest):,.2f} epochs"
+        return f"{' '.join(config.data.paths)}: not prepared yet (`make prepare-data`)"
+    tokens, epochs = training_targets(manifest), num_epochs(config, manifest)
+    return f"{tokens:,} tokens in {' '.join(config.data.paths)}, so {epochs:,.2f} epochs"
 
 
 def _gib(num_bytes: float) -> str:

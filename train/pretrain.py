@@ -67,8 +67,12 @@ def dry_run(config: RunConfig) -> int:
     """
     import torch
 
-    from data_prep.manifest import ManifestError, read_manifest
+    from data_prep.manifest import ManifestError, merged, read_manifest
+    from resume.manifest import listed_files
+    from resume.report import plan as resume_plan
+    from resume.report import plan_tables
     from train import plan
+    from train.feed import fresh_state
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     is_elsewhere = "WORLD_SIZE" in os.environ and "RANK" not in os.environ
@@ -77,15 +81,19 @@ def dry_run(config: RunConfig) -> int:
         "cuda" if config.parallel.device == "cuda" or (config.parallel.device == "auto" and has_gpus) else "cpu"
     )
     try:
-        manifest = read_manifest(Path(config.data.path))
+        folders = {Path(path): read_manifest(Path(path)) for path in config.data.paths}
     except ManifestError:
-        manifest = None
+        folders, manifest = {}, None
     else:
+        manifest = merged(folders)
         config.check_vocabulary(manifest.vocab_size)
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan.describe(config, manifest, device_type, world_size))
-        for note in plan.notes(config, manifest):
+        for note in plan.notes(config, manifest, world_size):
             print(f"note: {note}")
+        if manifest is not None:
+            state = fresh_state(config, manifest, listed_files(folders, "train"))
+            print("\nthe data of a run that begins here, " + plan_tables(resume_plan(state, config.run.num_steps)))
     if is_elsewhere:
         plan.refuse_uneven(config, world_size)
     else:
@@ -121,7 +129,7 @@ def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
     data = open_data(config, show_progress=ranks.is_first)
     with open_run(config, data, ranks) as (trainer, progress):
         finished = train(trainer, progress)
-        if finished.step < config.run.num_steps:
+        if finished.step < config.run.num_steps and not trainer.feed.has_ended:
             if trainer.log is not None:
                 trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
             return STOPPED

@@ -5,12 +5,17 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from data_prep.config_file import ConfigError
+
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,6 +25,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -37,6 +44,36 @@ class Ranks:
         extremes = torch.tensor([value, -value], dtype=torch.int64)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         return bool(extremes[0] == -extremes[1])
+
+    def sum_arrays(self, arrays: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Element-wise sums over all ranks, of CPU arrays of equal shapes on every rank; they wrap, as int64 does."""
+        totals = [torch.from_numpy(array.copy()) for array in arrays]
+        for total in totals:
+            dist.all_reduce(total)
+        return [total.numpy() for total in totals]
+
+    def gather(self, value: Value) -> list[Value]:
+        """What every rank has, by rank; for small things, now and then."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], Value]) -> Value:
+        """Does something on every rank that may fail on some; if it does, all raise the error of the first of them."""
+        error: Exception | None = None
+        result: Value | None = None
+        try:
+            result = action()
+        except (ValueError, OSError) as caught:
+            error = caught
+        for failure in self.gather(error):
+            if failure is not None:
+                raise failure
+        return cast(Value, result)
+
+    def from_first(self, action: Callable[[], Value]) -> Value:
+        """What an action returns on the first rank, the only one to do it."""
+        return self.gather(self.together(lambda: action() if self.is_first else None))[0]  # pyright: ignore[reportReturnType]
 
     def sum_all(self, values: Sequence[torch.Tensor | float]) -> list[float]:
         """The sums over all ranks of several scalars, in fp64, by one collective and one wait for the device."""
@@ -95,7 +132,8 @@ def start(wanted_device: str) -> Ranks:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, *local)
 
 
 def _stop_with_the_launcher() -> None:

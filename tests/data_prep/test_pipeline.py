@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep import config_file, identity, publish
+from data_prep.checksums import read_checksum_header
 from data_prep.documents import InputError
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipeline import OutputError, main, prepare
@@ -78,6 +79,9 @@ def test_the_folder_holds_all_that_training_needs(config: PrepareConfig, tmp_pat
     assert tokenizer.digest == manifest.tokenizer_digest
     for record in manifest.shards:
         verify_payload(folder / record.file)
+        checksums = read_checksum_header(folder / record.file)
+        assert checksums is not None
+        assert checksums.sample_tokens == manifest.sample_tokens
         assert read_header(folder / record.file).tokenizer_digest == manifest.tokenizer_digest
         assert record.sample_count == -(-(record.token_count - 1) // 16)
     assert len([record for record in manifest.shards if record.split == "train"]) > 2
@@ -103,7 +107,7 @@ def test_a_second_run_changes_nothing_and_says_so(
 ):
     first = prepare(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
-    assert "torchrun --nproc_per_node=8 train/pretrain.py --data.path" in capsys.readouterr().out
+    assert "torchrun --nproc_per_node=8 train/pretrain.py --data.paths" in capsys.readouterr().out
     assert prepare(config) == first
     assert "already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before

@@ -12,8 +12,8 @@ from data_prep.manifest import read_manifest
 from evaluation import perplexity
 from evaluation.score import Score, score, shard_batches, text_batches, unigram_entropy
 from kernels.cross_entropy import IGNORE
-from resume.manifest import open_split
 from resume.samples import SampleReader
+from resume.verify import open_split
 from tests.models import make_model
 from tests.prepared import TEXTS, tokenizer, write_data
 from tests.runs import TINY, tiny_run
@@ -51,8 +51,8 @@ def test_a_score_is_the_loss_of_torch_over_every_token_and_the_bytes_of_the_text
 def test_windows_over_a_text_predict_every_token_once(length: int, batch_size: int, num_tokens: int):
     tokens = list(range(1, num_tokens + 1))
     batches = list(text_batches(tokens, sequence_length=length, batch_size=batch_size, eos_id=0))
-    targets = [t for batch in batches for t in batch.targets[batch.targets != IGNORE].tolist()]
-    assert targets == tokens
+    targets = [rows.to(torch.device("cpu")).targets for rows in batches]
+    assert [t for some in targets for t in some[some != IGNORE].tolist()] == tokens
     assert sum(batch.num_targets for batch in batches) == num_tokens
 
 
@@ -60,12 +60,14 @@ def test_windows_over_a_text_predict_every_token_once(length: int, batch_size: i
 def test_ranks_share_held_out_samples_and_all_make_as_many_forwards(
     data: Path, world_size: int, batch_size: int, num_sequences: int
 ):
-    reader = SampleReader(open_split(data, read_manifest(data), "validation"), sequence_length=32, vocab_size=300)
-    options = {"num_sequences": num_sequences, "batch_size": batch_size, "eos_id": 0}
+    files = open_split({data: read_manifest(data)}, "validation")
+    reader = SampleReader(files, sequence_length=32, vocab_size=300, eos_id=0)
+    options = {"num_sequences": num_sequences, "batch_size": batch_size}
     shares = [list(shard_batches(reader, rank=r, world_size=world_size, **options)) for r in range(world_size)]
     alone = list(shard_batches(reader, **options))
     reader.close()
     assert len({len(share) for share in shares}) == 1
+    assert {rows.tokens.shape for rows in [*alone, *sum(shares, [])]} == {(batch_size, 33)}  # noqa: RUF017
     targets = [sum(batch.num_targets for batch in batches) for batches in (sum(shares, []), alone)]  # noqa: RUF017
     assert targets[0] == targets[1] > 0
 

@@ -40,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 
 def test_a_missing_data_folder(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    code, error = refused(capsys, config, "--data.path", tmp_path / "nowhere")
+    code, error = refused(capsys, config, "--data.paths", tmp_path / "nowhere")
     assert code == BAD_DATA
     assert "nowhere: no such data folder" in error
     assert "make prepare-data" in error
@@ -48,7 +48,7 @@ def test_a_missing_data_folder(config: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_an_empty_data_folder(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "empty").mkdir()
-    code, error = refused(capsys, config, "--data.path", tmp_path / "empty")
+    code, error = refused(capsys, config, "--data.paths", tmp_path / "empty")
     assert code == BAD_DATA
     assert "no manifest.json" in error
 
@@ -104,13 +104,6 @@ def test_an_unknown_key(config: Path, capsys: pytest.CaptureFixture[str]):
     code, error = refused(capsys, config)
     assert code == BAD_CONFIG
     assert f"{config}: unknown key 'optim.peek_lr'; did you mean 'optim.peak_lr'?" in error
-
-
-def test_a_batch_that_does_not_split(config: Path, capsys: pytest.CaptureFixture[str]):
-    code, error = refused(capsys, config, "--data.micro-batch-sequences", 5)
-    assert code == BAD_CONFIG
-    assert "data.batch_sequences = 12 does not split into micro-batches of 5 on 1 devices" in error
-    assert "one of [1, 2, 3, 4, 6, 12]" in error
 
 
 def test_replicas_that_do_not_divide_the_devices(config: Path, capsys: pytest.CaptureFixture[str]):
@@ -196,17 +189,34 @@ def test_world_size_without_torchrun(config: Path, monkeypatch: pytest.MonkeyPat
     assert "start several processes with torchrun" in error
 
 
-def test_shards_added_to_the_folder_of_a_run(data: Path, config: Path, tmp_path: Path, capsys):
+def test_shards_added_to_the_folder_of_a_run_are_noticed_but_not_trained(
+    data: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert pretrain.main([str(config)]) == 0
     other = write_data(tmp_path / "other", texts=[f"x = {i}\n" * 9 for i in range(60)])
     shutil.copy(other / "train" / "test-00000.bin", data / "train" / "new-00000.bin")
     manifest, added = read_manifest(data), read_manifest(other).shards[0]
     new = dataclasses.replace(added, file="train/new-00000.bin")
     write_manifest(data, dataclasses.replace(manifest, shards=(*manifest.shards, new)))
+    assert pretrain.main([str(config), "--run.num-steps", "3"]) == 0
+    assert "1 training shards in the data folders are not part of this run" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_gone_for_good(data: Path, config: Path, capsys: pytest.CaptureFixture[str]):
+    assert pretrain.main([str(config)]) == 0
+    (data / "train" / "test-00001.bin").unlink()
     code, error = refused(capsys, config, "--run.num-steps", 3)
     assert code == BAD_DATA
-    assert "0 of its" in error
-    assert "1 are new" in error
+    assert "test-00001.bin" in error
+    assert "--data.search FOLDER" in error
+
+
+def test_a_shard_that_was_moved_and_renamed_is_found_by_its_content(data: Path, config: Path, tmp_path: Path):
+    assert pretrain.main([str(config)]) == 0
+    (tmp_path / "attic").mkdir()
+    (data / "train" / "test-00001.bin").rename(tmp_path / "attic" / "other.bin")
+    flags = ["--run.num-steps", "3", "--data.search", str(tmp_path / "attic")]
+    assert pretrain.main([str(config), *flags]) == 0
 
 
 def test_a_damaged_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

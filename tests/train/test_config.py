@@ -24,7 +24,7 @@ def test_every_run_config_loads_and_its_model_preset_exists(path: Path):
 
 def test_the_defaults_are_the_1b_run():
     assert parsed().model == ModelConfig.preset("tinyllama-1.1b")
-    assert parsed().data.path == "data/default"
+    assert parsed().data.paths == ("data/default",)
 
 
 def test_a_config_written_and_read_back_is_equal(tmp_path: Path):
@@ -82,13 +82,35 @@ def test_unknown_and_repeated_flags_are_refused_with_the_nearest_name():
         parsed("--run.seed", "1", "--run.seed", "2")
 
 
-def test_a_batch_that_does_not_split_names_the_micro_batches_that_do():
+def test_a_batch_that_does_not_split_has_a_last_micro_batch_with_empty_rows():
     config = with_values(parsed(), data={"batch_sequences": 12, "micro_batch_sequences": 5})
-    with pytest.raises(ConfigError, match=r"on 2 devices; set --data\.micro-batch-sequences to one of \[1, 2, 3, 6\]"):
-        config.num_micro_batches(2)
-    with pytest.raises(ConfigError, match=r"make --data\.batch-sequences a multiple of 5"):
-        config.num_micro_batches(5)
+    assert [config.num_micro_batches(n) for n in (1, 2, 3, 5)] == [3, 2, 1, 1]
     assert with_values(config, data={"micro_batch_sequences": 3}).num_micro_batches(2) == 2
+
+
+def test_groups_are_whole_samples_and_steps_whole_groups():
+    assert with_values(parsed(), data={"group_tokens": 8_192}).data.group_tokens == 8_192
+    for tokens in (1_024, 3_000, 3 * 2_048):
+        with pytest.raises(ConfigError, match=rf"data\.group_tokens = {tokens}: must be a multiple"):
+            with_values(parsed(), data={"group_tokens": tokens})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mixture", ("web=0.5 web=0.5",), "each source once"),
+        ("mixture", ("web=-1",), "weights >= 0"),
+        ("mixture", ("web=0",), "no source has a weight above 0"),
+        ("mixture", ("5e9: web=1",), r"begins at \[5000000000\] tokens"),
+        ("mixture", ("web=1", "many: web=2"), "'many' is no number of tokens"),
+        ("max_epochs", ("web=0",), "at least 1"),
+        ("max_epochs", ("2", "3"), "each once"),
+        ("paths", (), r"data\.paths is empty"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(key: str, value: tuple[str, ...], message: str):
+    with pytest.raises(ConfigError, match=message):
+        with_values(parsed(), data={key: value})
 
 
 def test_a_resumed_config_may_differ_only_where_documented():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaluation.report import read_metrics, write_report
 from model.batch import Batch
-from resume import checkpoint
+from resume import checkpoint, state
 from tests.prepared import write_data
 from tests.runs import tiny_run
 from train import pretrain, ranks
@@ -117,10 +117,13 @@ def short_targets(data: Path, config: RunConfig, num_positions: int) -> int:
 
     from resume.order import Order
 
-    order = Order(open_data(config).training, seed=config.run.seed, sequence_length=32)
+    newest = checkpoint.latest(Path(config.run.dir))
+    assert newest is not None
+    order = Order(state.from_json(checkpoint.read_record(newest)["data"]))
     files, samples = order.resolve(np.arange(num_positions))
-    lengths = [min(32, order.files[f].num_targets - 32 * s) for f, s in zip(files, samples, strict=True)]
-    return sum(32 - length for length in lengths)
+    num_targets = {file.file_id: file.num_targets for file in open_data(config).training}
+    ids = [order.file_ids[f] for f in files]
+    return sum(32 - min(32, num_targets[i] - 32 * s) for i, s in zip(ids, samples.tolist(), strict=True))
 
 
 def test_tensorboard_has_the_documented_tags(data: Path, tmp_path: Path):

@@ -70,7 +70,7 @@ def test_the_dry_run_prints_the_plan_and_allocates_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 1000 * 2**30)
-    code = pretrain.main(["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.path", "nowhere"])
+    code = pretrain.main(["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.paths", "nowhere"])
     text = capsys.readouterr()
     assert "parameters         1,100,048,384" in text.out
     assert "7.314e+09 per token" in text.out
@@ -86,7 +86,7 @@ def test_a_plan_for_gpus_elsewhere_needs_none_here(
 ):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 1)
-    arguments = ["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.path", "nowhere"]
+    arguments = ["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.paths", "nowhere"]
     assert pretrain.main(arguments) == 0
     assert "8, 8 micro-batches per step each, torch.bfloat16" in capsys.readouterr().out
     assert pretrain.main([*arguments, "--parallel.replicas", "3"]) == pretrain.BAD_CONFIG
@@ -99,9 +99,9 @@ def test_what_is_probably_not_meant_is_noted(tmp_path: Path):
     manifest = read_manifest(write_data(tmp_path / "data"))
     config = tiny_run(tmp_path / "data", tmp_path / "run", optim={"warmup_steps": 6}, run={"num_steps": 6})
     wide = with_values(config, model={"vocab_size": 1000}, run={"num_steps": 2000})
-    assert plan.notes(with_values(config, optim={"warmup_steps": 2}), manifest) == []
-    assert "never reaches its peak" in plan.notes(config, manifest)[0]
-    assert [note.split(" ")[0] for note in plan.notes(wide, manifest)] == ["model.vocab_size", "the"]
+    assert plan.notes(with_values(config, optim={"warmup_steps": 2}), manifest, 1) == []
+    assert "never reaches its peak" in plan.notes(config, manifest, 1)[0]
+    assert [note.split(" ")[0] for note in plan.notes(wide, manifest, 1)] == ["model.vocab_size", "the"]
 
 
 def test_what_cannot_fit_is_said_before_anything_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,11 +99,13 @@ def test_a_run_resumed_on_as_many_ranks_equals_the_uninterrupted_one_bit_for_bit
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("other", [{"optim": {"beta2": 0.5}}, {"data": {"path": "elsewhere"}}], ids=["flags", "data"])
+@pytest.mark.parametrize(
+    "other", [{"optim": {"beta2": 0.5}}, {"data": {"paths": ("elsewhere",)}}], ids=["flags", "data"]
+)
 def test_ranks_that_were_told_different_things_refuse_to_train(data: Path, tmp_path: Path, other: dict):
     elsewhere = write_data(tmp_path / "elsewhere", num_held_out=20)
     if "data" in other:
-        other = {"data": {"path": str(elsewhere)}}
+        other = {"data": {"paths": (str(elsewhere),)}}
     configs = [config(data, tmp_path / "run"), config(data, tmp_path / "run", **other)]
 
     def refused(rank: int) -> str:

@@ -1,0 +1,250 @@
+"""Looks into a run's data and changes it, on a stopped run or on a running one.
+
+    python -m resume status RUN                       where the run stands, and what was decided so far
+    python -m resume plan RUN [--steps N]             when epochs begin and when each source runs out
+    python -m resume append RUN PATH... [--weights "web=0.5 code=0.5"]
+    python -m resume remove RUN FILE...               what is unseen of them is never trained
+    python -m resume skip RUN --steps N [--for-good]  passes over the data of the next N steps, after a loss spike
+    python -m resume requeue RUN                      what was skipped comes back now, not at the end of the epoch
+    python -m resume reweight RUN "web=0.5 code=0.5" [--from-tokens 20e9]
+    python -m resume audit RUN [FILE...] [--sample I] [--bitmap OUT.npz]
+    python -m resume verify RUN [--level full]        every file and every checkpoint
+
+A change is queued in RUN/requests. The run takes it up when it starts again or at its next checkpoint, and says so in
+its log. FILE is a path, a file name, or an identity.
+Exit codes: 0 done, 65 bad data, 73 cannot write, 78 bad request.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.config_file import ConfigError
+from data_prep.fingerprint import fingerprint
+from data_prep.manifest import ManifestError, read_manifest
+from data_prep.shards import ShardError, read_header
+from resume import checkpoint, report, requests
+from resume.audit import audit_file, trained_bitmap
+from resume.manifest import DataError, DataFile, file_of, listed_files, refuse_other_tokenizers, refuse_overlap
+from resume.mixture import parse_weights
+from resume.order import Order
+from resume.runs import Run, open_run
+from resume.verify import LEVELS, check_files, damaged_samples
+
+BAD_DATA, CANNOT_WRITE, BAD_REQUEST = 65, 73, 78
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(open_run(arguments.run), arguments)
+    except (DataError, ManifestError, ShardError, checkpoint.CheckpointError) as error:
+        return _fail(error, BAD_DATA)
+    except (ConfigError, ValueError) as error:
+        return _fail(error, BAD_REQUEST)
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(error, CANNOT_WRITE)
+
+
+def _status(run: Run, arguments: argparse.Namespace) -> int:
+    values = report.status(run)
+    _show(values, arguments.json, report.status_tables(values))
+    return 0
+
+
+def _plan(run: Run, arguments: argparse.Namespace) -> int:
+    state, refused = run.with_pending()
+    values = report.plan(state, arguments.steps or run.config["run"]["num_steps"])
+    _show(values, arguments.json, report.plan_tables(values))
+    for line in refused:
+        print(f"will be refused: {line}", file=sys.stderr)
+    return 0
+
+
+def _append(run: Run, arguments: argparse.Namespace) -> int:
+    state, _ = run.with_pending()
+    known = {file_id for file_ids in state.sources.values() for file_id in file_ids}
+    places = run.paths
+    new: dict[str, DataFile] = {}
+    for file in _files_to_append(run, arguments.paths, arguments.source):
+        if file.file_id not in known and file.file_id not in new:
+            new[file.file_id] = file
+        elif file.file_id in new or places.get(file.file_id) != file.path.absolute():
+            twin = new[file.file_id].path if file.file_id in new else places.get(file.file_id, "one already appended")
+            raise DataError(f"{file.path} has the content of {twin}; leave one of them out")
+    if not new:
+        raise DataError(f"{' '.join(map(str, arguments.paths))}: every shard is part of the run already")
+    check_files(list(new.values()), "headtail", state.tokenizer_digest, show_progress=True)
+    refuse_overlap(new.values(), listed_files(run.data_folders, "validation"))
+    by_source: dict[str, dict[str, str]] = {}
+    for file in new.values():
+        by_source.setdefault(file.source, {})[file.file_id] = str(file.path.absolute())
+    weights = parse_weights(arguments.weights) if arguments.weights else None
+    targets = sum(file.num_targets for file in new.values())
+    return _queue(run, {"kind": "append", "files": by_source, "weights": weights}, f"; {targets:,} tokens to train on")
+
+
+def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> list[DataFile]:
+    state = run.state
+    files: list[DataFile] = []
+    for path in paths:
+        if path.is_dir():
+            manifest = read_manifest(path)
+            refuse_other_tokenizers({**run.data_folders, path: manifest})
+            listed = listed_files({path: manifest}, "train")
+            files += [DataFile(**{**_fields(file), "source": source}) for file in listed] if source else listed
+        elif state.has_mixture and source is None:
+            raise DataError(f"{path}: the run draws from sources; say which one the shard belongs to with --source")
+        else:
+            token_bytes = np.dtype(read_header(path).dtype).itemsize
+            files.append(file_of(fingerprint(path).file_id, path, token_bytes, source or "all"))
+    for file in files:
+        if file.dtype.itemsize != state.token_bytes:
+            raise DataError(f"{file.path}: tokens of {file.dtype}, the run's have {state.token_bytes} bytes each")
+    return files
+
+
+def _remove(run: Run, arguments: argparse.Namespace) -> int:
+    file_ids = [run.identify(name) for name in arguments.files]
+    return _queue(run, {"kind": "remove", "file_ids": file_ids})
+
+
+def _skip(run: Run, arguments: argparse.Namespace) -> int:
+    return _queue(run, {"kind": "skip", "num_steps": arguments.steps, "for_good": arguments.for_good})
+
+
+def _requeue(run: Run, arguments: argparse.Namespace) -> int:
+    return _queue(run, {"kind": "requeue"})
+
+
+def _reweight(run: Run, arguments: argparse.Namespace) -> int:
+    weights = parse_weights(arguments.weights)
+    from_tokens = None if arguments.from_tokens is None else int(arguments.from_tokens)
+    return _queue(run, {"kind": "reweight", "weights": weights, "from_tokens": from_tokens})
+
+
+def _audit(run: Run, arguments: argparse.Namespace) -> int:
+    if arguments.bitmap is not None:
+        file_ids = [run.identify(name) for name in arguments.files] or run.order.file_ids
+        bitmaps: dict[str, Any] = {file_id: trained_bitmap(run.order, file_id) for file_id in file_ids}
+        np.savez_compressed(arguments.bitmap, **bitmaps)
+        print(f"{arguments.bitmap}: how often each sample of {len(file_ids)} files was trained, an array by identity")
+        return 0
+    if arguments.files:
+        histories = [report.file_history(run.order, run.identify(name)) for name in arguments.files]
+        tables = "\n\n".join(report.history_tables(history, arguments.sample) for history in histories)
+        _show({"files": histories}, arguments.json, tables)
+        return 0
+    bar = tqdm(run.order.file_ids, desc="audit", unit="file", leave=False, disable=None)
+    audits = [audit_file(run.order, run.ledger, file_id) for file_id in bar]
+    rows = [{**_fields(audit), "agrees": audit.agrees} for audit in audits]
+    _show(
+        {"files": rows, "agree": all(a.agrees for a in audits)}, arguments.json, report.audit_tables(audits, run.paths)
+    )
+    return 0 if all(audit.agrees for audit in audits) else BAD_DATA
+
+
+def _verify(run: Run, arguments: argparse.Namespace) -> int:
+    findings: list[str] = []
+    live = [file_id for file_id in run.order.file_ids if file_id not in run.state.removed]
+    files = list(run.files(live).values())
+    for file in tqdm(files, desc="verify shards", unit="shard", leave=False, disable=None):
+        try:
+            check_files([file], arguments.level, run.state.tokenizer_digest)
+            damaged = damaged_samples(file) if arguments.level == "full" else []
+        except ValueError as error:
+            findings.append(str(error))
+            damaged = damaged_samples(file) if arguments.level == "full" and file.path.is_file() else []
+        if damaged:
+            findings.append(f"{file.path}: samples {report.ranges(np.array(damaged))} differ from their checksums")
+    steps = checkpoint.steps(run.folder)
+    for step in tqdm(steps, desc="verify checkpoints", unit="checkpoint", leave=False, disable=None):
+        try:
+            checkpoint.verify(run.folder / f"step-{step}")
+        except checkpoint.CheckpointError as error:
+            findings.append(str(error))
+    values = {"level": arguments.level, "files": len(files), "checkpoints": len(steps), "findings": findings}
+    verdict = "\n".join(findings) or f"{len(files)} files ({arguments.level}) and {len(steps)} checkpoints are good"
+    _show(values, arguments.json, verdict)
+    return BAD_DATA if findings else 0
+
+
+def _queue(run: Run, request: dict[str, Any], remark: str = "") -> int:
+    """Tries a request on the newest checkpoint, with those that wait before it, and queues it."""
+    state, _ = run.with_pending()
+    Order(requests.applied(state, request))
+    number = requests.queue(run.folder, request)
+    print(f"request {number}: {requests.describe(request)}{remark}")
+    print(f"{run.folder} takes it up when it starts again, or at its next checkpoint if it is running")
+    return 0
+
+
+def _show(values: dict[str, Any], as_json: bool, tables: str) -> None:
+    print(json.dumps(values, indent=1) if as_json else tables)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m resume", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.add_argument("run", metavar="RUN", type=Path, help="run folder")
+        added.set_defaults(command=command)
+        return added
+
+    for name, command, summary in (
+        ("status", _status, "Shows where the run stands in its data, and what was decided so far."),
+        ("plan", _plan, "Shows when epochs begin and when each source runs out."),
+        ("audit", _audit, "Shows which samples were trained and holds the books against the order."),
+        ("verify", _verify, "Checks every file and every checkpoint."),
+    ):
+        added = add(name, command, summary)
+        added.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        if name == "plan":
+            added.add_argument("--steps", type=int, help="up to this step; by default the run's last")
+        if name == "verify":
+            added.add_argument("--level", choices=LEVELS, default="full", help="how closely files are looked at")
+        if name == "audit":
+            added.add_argument("files", metavar="FILE", nargs="*", help="all epochs of these files, sample by sample")
+            added.add_argument("--sample", type=int, help="with FILE: only this sample")
+            added.add_argument("--bitmap", type=Path, help="write how often each sample was trained to this .npz file")
+    added = add("append", _append, "Adds shards to what is unseen; they mix evenly with what is left.")
+    added.add_argument("paths", metavar="PATH", nargs="+", type=Path, help="data folder or shard")
+    added.add_argument("--source", help="the source they belong to; by default what their manifest says")
+    added.add_argument("--weights", help='new weights of all sources, which a new source wants: "web=0.5 code=0.5"')
+    added = add("remove", _remove, "Takes files out of what is unseen, for good.")
+    added.add_argument("files", metavar="FILE", nargs="+", help="path, file name or identity")
+    added = add("skip", _skip, "Passes over the data of the next steps.")
+    added.add_argument("--steps", type=int, required=True, help="how many steps")
+    added.add_argument("--for-good", action="store_true", help="never train it; by default it returns in this epoch")
+    add("requeue", _requeue, "Has what was skipped come back now.")
+    added = add("reweight", _reweight, "Changes the weights of the sources.")
+    added.add_argument("weights", metavar="WEIGHTS", help='of all sources: "web=0.5 code=0.5"')
+    added.add_argument("--from-tokens", type=float, help="from this number of tokens on; by default from now")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
