@@ -12,11 +12,13 @@
 
 A change is queued in RUN/requests. The run takes it up when it starts again or at its next checkpoint, and says so in
 its log. FILE is a path, a file name, or an identity.
-Exit codes: 0 done, 65 bad data, 73 cannot write, 78 bad request.
+Exit codes: 0 done; 65 bad data, or books or files that are not as they should be; 73 cannot write; 78 a request that
+does not fit the run.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.checksums import ChecksumError
 from data_prep.config_file import ConfigError
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import ManifestError, read_manifest
@@ -35,8 +38,9 @@ from resume.audit import audit_file, trained_bitmap
 from resume.manifest import DataError, DataFile, file_of, listed_files, refuse_other_tokenizers, refuse_overlap
 from resume.mixture import parse_weights
 from resume.order import Order
-from resume.runs import Run, open_run
-from resume.verify import LEVELS, check_files, damaged_samples
+from resume.runs import RequestError, Run, open_run
+from resume.state import WHOLE
+from resume.verify import LEVELS, Level, StatCache, check_files, damaged_samples
 
 BAD_DATA, CANNOT_WRITE, BAD_REQUEST = 65, 73, 78
 
@@ -45,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(open_run(arguments.run), arguments)
-    except (DataError, ManifestError, ShardError, checkpoint.CheckpointError) as error:
+        code = arguments.command(open_run(arguments.run), arguments)
+        sys.stdout.flush()
+        return code
+    except RequestError as error:
+        return _fail(error, BAD_REQUEST)
+    except (DataError, ManifestError, ShardError, ChecksumError, checkpoint.CheckpointError) as error:
         return _fail(error, BAD_DATA)
     except (ConfigError, ValueError) as error:
         return _fail(error, BAD_REQUEST)
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(error, CANNOT_WRITE)
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", CANNOT_WRITE)
 
 
 def _status(run: Run, arguments: argparse.Namespace) -> int:
@@ -65,34 +73,41 @@ def _status(run: Run, arguments: argparse.Namespace) -> int:
 
 def _plan(run: Run, arguments: argparse.Namespace) -> int:
     state, refused = run.with_pending()
-    values = report.plan(state, arguments.steps or run.config["run"]["num_steps"])
+    num_steps = run.config["run"]["num_steps"] if arguments.steps is None else arguments.steps
+    if num_steps < state.step:
+        raise RequestError(f"--steps {num_steps} lies behind the run, which is at step {state.step}")
+    values = {**report.plan(state, num_steps, run.step_s()), "will_be_refused": refused}
     _show(values, arguments.json, report.plan_tables(values))
-    for line in refused:
-        print(f"will be refused: {line}", file=sys.stderr)
+    for line in refused if not arguments.json else []:
+        print(f"will be refused: {line}")
     return 0
 
 
 def _append(run: Run, arguments: argparse.Namespace) -> int:
     state, _ = run.with_pending()
     known = {file_id for file_ids in state.sources.values() for file_id in file_ids}
-    places = run.paths
-    new: dict[str, DataFile] = {}
-    for file in _files_to_append(run, arguments.paths, arguments.source):
-        if file.file_id not in known and file.file_id not in new:
-            new[file.file_id] = file
-        elif file.file_id in new or places.get(file.file_id) != file.path.absolute():
-            twin = new[file.file_id].path if file.file_id in new else places.get(file.file_id, "one already appended")
+    places, new = run.paths, {}
+    given = _files_to_append(run, arguments.paths, arguments.source)
+    for file in given:
+        twin = new[file.file_id].path if file.file_id in new else places.get(file.file_id)
+        if twin is not None and twin.is_file() and not twin.samefile(file.path):
             raise DataError(f"{file.path} has the content of {twin}; leave one of them out")
+        if file.file_id not in known:
+            new[file.file_id] = file
     if not new:
-        raise DataError(f"{' '.join(map(str, arguments.paths))}: every shard is part of the run already")
+        named = " ".join(map(str, arguments.paths))
+        if all(file.file_id in state.removed for file in given):
+            raise RequestError(f"{named}: removed from the run; what was removed cannot come back")
+        raise RequestError(f"{named}: every shard is part of the run already, or waits to be")
     check_files(list(new.values()), "headtail", state.tokenizer_digest, show_progress=True)
     refuse_overlap(new.values(), listed_files(run.data_folders, "validation"))
     by_source: dict[str, dict[str, str]] = {}
     for file in new.values():
         by_source.setdefault(file.source, {})[file.file_id] = str(file.path.absolute())
     weights = parse_weights(arguments.weights) if arguments.weights else None
+    known_ones = f"; {len(given) - len(new):,} others are part of the run already" if len(given) > len(new) else ""
     targets = sum(file.num_targets for file in new.values())
-    return _queue(run, {"kind": "append", "files": by_source, "weights": weights}, f"; {targets:,} tokens to train on")
+    return _queue(run, {"kind": "append", "files": by_source, "weights": weights}, f"; {targets:,} tokens{known_ones}")
 
 
 def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> list[DataFile]:
@@ -105,10 +120,11 @@ def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> lis
             listed = listed_files({path: manifest}, "train")
             files += [DataFile(**{**_fields(file), "source": source}) for file in listed] if source else listed
         elif state.has_mixture and source is None:
-            raise DataError(f"{path}: the run draws from sources; say which one the shard belongs to with --source")
+            sources = ", ".join(sorted(state.sources))
+            raise RequestError(f"{path}: say with --source which source the shard belongs to; the run has {sources}")
         else:
             token_bytes = np.dtype(read_header(path).dtype).itemsize
-            files.append(file_of(fingerprint(path).file_id, path, token_bytes, source or "all"))
+            files.append(file_of(fingerprint(path).file_id, path, token_bytes, source or WHOLE))
     for file in files:
         if file.dtype.itemsize != state.token_bytes:
             raise DataError(f"{file.path}: tokens of {file.dtype}, the run's have {state.token_bytes} bytes each")
@@ -116,12 +132,22 @@ def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> lis
 
 
 def _remove(run: Run, arguments: argparse.Namespace) -> int:
-    file_ids = [run.identify(name) for name in arguments.files]
-    return _queue(run, {"kind": "remove", "file_ids": file_ids})
+    state, _ = run.with_pending()
+    known = {file_id for file_ids in state.sources.values() for file_id in file_ids}
+    file_ids = list(dict.fromkeys(run.identify(name, known) for name in arguments.files))
+    targets = sum(file_of(file_id, Path(), state.token_bytes).num_targets for file_id in file_ids)
+    return _queue(run, {"kind": "remove", "file_ids": file_ids}, f"; {targets:,} tokens an epoch fewer")
 
 
 def _skip(run: Run, arguments: argparse.Namespace) -> int:
-    return _queue(run, {"kind": "skip", "num_steps": arguments.steps, "for_good": arguments.for_good})
+    state, _ = run.with_pending()
+    groups = arguments.steps * state.batch.batch_sequences // state.samples_per_group
+    in_epoch = sum(Order(state).live_groups().values())
+    if groups > in_epoch:
+        steps = in_epoch * state.samples_per_group // state.batch.batch_sequences
+        raise RequestError(f"--steps {arguments.steps}: the whole data is {steps} steps; skip no more than that")
+    remark = f"; {groups * state.group_tokens:,} tokens"
+    return _queue(run, {"kind": "skip", "num_steps": arguments.steps, "for_good": arguments.for_good}, remark)
 
 
 def _requeue(run: Run, arguments: argparse.Namespace) -> int:
@@ -130,61 +156,107 @@ def _requeue(run: Run, arguments: argparse.Namespace) -> int:
 
 def _reweight(run: Run, arguments: argparse.Namespace) -> int:
     weights = parse_weights(arguments.weights)
-    from_tokens = None if arguments.from_tokens is None else int(arguments.from_tokens)
+    from_tokens = None
+    if arguments.from_tokens is not None:
+        if not math.isfinite(arguments.from_tokens) or arguments.from_tokens < 0:
+            raise RequestError(f"--from-tokens {arguments.from_tokens}: expected a number of tokens, as 20e9")
+        from_tokens = int(arguments.from_tokens)
     return _queue(run, {"kind": "reweight", "weights": weights, "from_tokens": from_tokens})
 
 
 def _audit(run: Run, arguments: argparse.Namespace) -> int:
+    order, ledger, paths = run.order, run.ledger, run.paths
+    file_ids = [run.identify(name, order.file_ids) for name in arguments.files]
     if arguments.bitmap is not None:
-        file_ids = [run.identify(name) for name in arguments.files] or run.order.file_ids
-        bitmaps: dict[str, Any] = {file_id: trained_bitmap(run.order, file_id) for file_id in file_ids}
+        if arguments.bitmap.suffix != ".npz":
+            raise RequestError(f"--bitmap {arguments.bitmap}: expected a name that ends in .npz")
+        bitmaps: dict[str, Any] = {i: trained_bitmap(order, ledger, i) for i in file_ids or order.file_ids}
         np.savez_compressed(arguments.bitmap, **bitmaps)
-        print(f"{arguments.bitmap}: how often each sample of {len(file_ids)} files was trained, an array by identity")
+        print(f"{arguments.bitmap}: how often each sample of {len(bitmaps):,} files was trained, an array by identity")
         return 0
-    if arguments.files:
-        histories = [report.file_history(run.order, run.identify(name)) for name in arguments.files]
-        tables = "\n\n".join(report.history_tables(history, arguments.sample) for history in histories)
-        _show({"files": histories}, arguments.json, tables)
-        return 0
-    bar = tqdm(run.order.file_ids, desc="audit", unit="file", leave=False, disable=None)
-    audits = [audit_file(run.order, run.ledger, file_id) for file_id in bar]
-    rows = [{**_fields(audit), "agrees": audit.agrees} for audit in audits]
-    _show(
-        {"files": rows, "agree": all(a.agrees for a in audits)}, arguments.json, report.audit_tables(audits, run.paths)
-    )
-    return 0 if all(audit.agrees for audit in audits) else BAD_DATA
+    if arguments.sample is not None:
+        return _audit_sample(run, file_ids, arguments)
+    if file_ids:
+        histories = [report.file_history(order, ledger, i, paths.get(i)) for i in file_ids]
+        agree = all(history["agrees"] for history in histories)
+        tables = "\n\n".join(map(report.history_tables, histories))
+        _show({"files": histories, "agree": agree}, arguments.json, tables)
+        return 0 if agree else BAD_DATA
+    bar = tqdm(order.file_ids, desc="audit", unit="file", leave=False, disable=None)
+    audits = [audit_file(order, ledger, file_id) for file_id in bar]
+    rows = [{**_fields(a), "path": str(paths.get(a.file_id, "")) or None, "agrees": a.agrees} for a in audits]
+    agree = all(audit.agrees for audit in audits)
+    _show({"files": rows, "agree": agree}, arguments.json, report.audit_tables(audits, paths))
+    return 0 if agree else BAD_DATA
+
+
+def _audit_sample(run: Run, file_ids: Sequence[str], arguments: argparse.Namespace) -> int:
+    sample, length = arguments.sample, run.state.sequence_length
+    if not file_ids:
+        raise RequestError("--sample wants the FILE that the sample is of")
+    for file_id in file_ids:
+        num_samples = file_of(file_id, Path(), run.state.token_bytes).num_samples(length)
+        if not 0 <= sample < num_samples:
+            raise RequestError(f"--sample {sample}: {file_id} has samples 0 to {num_samples - 1} of {length} tokens")
+    paths = run.paths
+    found = [report.sample_history(run.order, run.ledger, i, paths.get(i), sample) for i in file_ids]
+    agree = all(history["agrees"] for history in found)
+    _show({"files": found, "agree": agree}, arguments.json, "\n\n".join(map(report.sample_tables, found)))
+    return 0 if agree else BAD_DATA
 
 
 def _verify(run: Run, arguments: argparse.Namespace) -> int:
-    findings: list[str] = []
     live = [file_id for file_id in run.order.file_ids if file_id not in run.state.removed]
-    files = list(run.files(live).values())
-    for file in tqdm(files, desc="verify shards", unit="shard", leave=False, disable=None):
-        try:
-            check_files([file], arguments.level, run.state.tokenizer_digest)
-            damaged = damaged_samples(file) if arguments.level == "full" else []
-        except ValueError as error:
-            findings.append(str(error))
-            damaged = damaged_samples(file) if arguments.level == "full" and file.path.is_file() else []
-        if damaged:
-            findings.append(f"{file.path}: samples {report.ranges(np.array(damaged))} differ from their checksums")
+    found, paths = run.look_for(live), run.paths
+    findings = [
+        f"{paths.get(file_id, 'place unknown')} ({file_id}): missing; restore it, name the folder it was moved to "
+        f"with --data.search FOLDER, or take it out with `python -m resume remove {run.folder} {file_id[:12]}`"
+        for file_id in live
+        if file_id not in found
+    ]
+    cache = StatCache(run.folder)
+    for file in tqdm(found.values(), desc="verify shards", unit="shard", leave=False, disable=None):
+        findings += _findings(file, arguments.level, run.state.tokenizer_digest, cache)
     steps = checkpoint.steps(run.folder)
     for step in tqdm(steps, desc="verify checkpoints", unit="checkpoint", leave=False, disable=None):
+        folder = run.folder / f"step-{step}"
         try:
-            checkpoint.verify(run.folder / f"step-{step}")
-        except checkpoint.CheckpointError as error:
-            findings.append(str(error))
-    values = {"level": arguments.level, "files": len(files), "checkpoints": len(steps), "findings": findings}
-    verdict = "\n".join(findings) or f"{len(files)} files ({arguments.level}) and {len(steps)} checkpoints are good"
-    _show(values, arguments.json, verdict)
+            checkpoint.verify(folder)
+        except (checkpoint.CheckpointError, OSError) as error:
+            if folder.exists():  # else a running run deleted it meanwhile, being old
+                findings.append(str(error))
+    values = {"level": arguments.level, "files": len(live), "checkpoints": len(steps), "findings": findings}
+    counts = f"{len(live):,} files ({arguments.level}) and {len(steps):,} checkpoints"
+    verdict = [*findings, f"{len(findings):,} findings in {counts}"] if findings else [f"{counts} are good"]
+    _show(values, arguments.json, "\n".join(verdict))
     return BAD_DATA if findings else 0
+
+
+def _findings(file: DataFile, level: Level, tokenizer_digest: str, cache: StatCache) -> list[str]:
+    """What is wrong with a shard: as a whole, and at full level which samples of it."""
+    findings: list[str] = []
+    try:
+        check_files([file], level, tokenizer_digest, cache)
+    except (DataError, ShardError) as error:
+        findings.append(str(error))
+    if level == "full":
+        try:
+            if damaged := damaged_samples(file):
+                which = report.ranges(np.array(damaged))
+                findings.append(f"{file.path}: samples {which} differ from their checksums")
+        except (ChecksumError, ShardError, OSError) as error:
+            findings.append(str(error))
+    return findings
 
 
 def _queue(run: Run, request: dict[str, Any], remark: str = "") -> int:
     """Tries a request on the newest checkpoint, with those that wait before it, and queues it."""
     state, _ = run.with_pending()
-    Order(requests.applied(state, request))
-    number = requests.queue(run.folder, request)
+    try:
+        Order(requests.applied(state, request))
+    except DataError as error:
+        raise RequestError(str(error)) from error
+    number = requests.queue(run.folder, request, run.state.requests_taken)
     print(f"request {number}: {requests.describe(request)}{remark}")
     print(f"{run.folder} takes it up when it starts again, or at its next checkpoint if it is running")
     return 0
@@ -198,7 +270,7 @@ def _fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
 

@@ -1,6 +1,7 @@
 """What `python -m resume` shows: a run's data as plain values, and those values as tables."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from resume.runs import Run
 from resume.state import Append, Batch, Cut, DataState, Event, Remove, Requeue, Reweight, Skip
 
 _MOST_ROWS = 40
+_NUMBER = re.compile(r"[\d,.]+( ?(%|s|min|h|d))?")
 _FATES = {
     Fate.DRAWN: "waits",
     Fate.SKIPPED: "was skipped, and waits",
@@ -309,16 +311,14 @@ def ranges(numbers: Ints, most: int = 8) -> str:
 
 
 def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows of text as aligned lines; what begins like a number is set to the right."""
-    table = [tuple(heads), *map(tuple, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    is_number = [all(row[i][:1].isdigit() for row in table[1:] if row[i]) for i in range(len(heads))]
-    return [
-        "  ".join(
-            cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in table
-    ]
+    """Rows of text as aligned lines, numbers set to the right; a column in which no row says anything is left out."""
+    by_column = [cells for cells in zip(heads, *rows, strict=True) if len(cells) == 1 or any(cells[1:])]
+    aligned = []
+    for cells in by_column:
+        width = max(map(len, cells))
+        is_number = all(_NUMBER.fullmatch(cell) for cell in cells[1:] if cell)
+        aligned.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
 def _sources(order: Order, position: int) -> list[dict[str, Any]]:

@@ -100,8 +100,9 @@ def check(lived: Lived, rng: np.random.Generator) -> None:
     order = Order(lived.state)
     expect(order.extend(lived.settled), lived.settled, "how far the order goes")
     expect(groups_at(order, 0, lived.settled), lived.truth.log, "the order before the cursor")
-    check_counts(lived, order, int(rng.integers(lived.settled + 1)))
-    check_epochs(lived, order)
+    earlier = int(rng.integers(lived.settled + 1))
+    check_counts(lived, order, earlier)
+    check_epochs(lived, order, earlier)
     check_size(lived)
     check_samples(lived, order)
     if rng.random() < 0.3:
@@ -142,13 +143,15 @@ def check_counts(lived: Lived, order: Order, earlier: int) -> None:
     expect(order.live_groups(), {name: len(s.live) for name, s in truth.sources.items()}, "live groups")
 
 
-def check_epochs(lived: Lived, order: Order) -> None:
+def check_epochs(lived: Lived, order: Order, earlier: int) -> None:
     """Where the epochs of each source begin."""
     for name, source in lived.truth.sources.items():
         begun = [h.position for h in order.happenings if h.source == name and h.kind == "epoch"]
         expected = [epoch.first_position for epoch in source.epochs if epoch.first_position is not None]
         expect([p for p in begun if p < lived.settled], expected, f"where epochs of {name} begin")
-        expect(order.epoch_at(name, lived.settled), max(0, len(expected) - 1), f"the epoch of {name}")
+        for position in (lived.settled, earlier, *expected[-1:]):
+            begun_before = sum(begins < position for begins in expected)
+            expect(order.epoch_at(name, position), max(0, begun_before - 1), f"the epoch of {name} at {position}")
 
 
 def check_size(lived: Lived) -> None:
