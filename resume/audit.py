@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards import HEADER_BYTES
 from resume.chain import Fate, Ints
 from resume.ledger import Ledger, sample_hashes
 from resume.order import Order
@@ -51,11 +50,6 @@ class FileAudit:
         return self.booked == self.computed - self.quarantined and self.digests_agree
 
 
-def num_targets(order: Order, file_id: str) -> int:
-    """Targets in a file, from its identity."""
-    return (int(file_id.rsplit("-", 1)[1]) - HEADER_BYTES) // order.state.token_bytes - 1
-
-
 def epochs_of_file(order: Order, file_id: str) -> Iterator[EpochOfFile]:
     """What became of a file in each epoch of its source that has begun.
 
@@ -95,7 +89,7 @@ def audit_file(order: Order, ledger: Ledger, file_id: str) -> FileAudit:
     return FileAudit(
         file_id=file_id,
         source=order.source_of(file_id),
-        num_samples=-(-num_targets(order, file_id) // order.sequence_length),
+        num_samples=-(-order.state.num_targets(file_id) // order.sequence_length),
         booked=int(ledger.counts[index]),
         computed=count,
         quarantined=len(bad),
@@ -105,7 +99,7 @@ def audit_file(order: Order, ledger: Ledger, file_id: str) -> FileAudit:
 
 def trained_bitmap(order: Order, ledger: Ledger, file_id: str) -> NDArray[np.uint8]:
     """How often each sample (S,) of the present length was trained as a whole, over all epochs, at most 255."""
-    length, targets = order.sequence_length, num_targets(order, file_id)
+    length, targets = order.sequence_length, order.state.num_targets(file_id)
     epochs = list(epochs_of_file(order, file_id))
     unit = math.gcd(length, *(int(n) for epoch in epochs for n in np.unique(epoch.lengths)))
     num_units = -(-targets // unit)
@@ -128,7 +122,7 @@ def _trained(order: Order, file_id: str, groups: Ints, positions: Ints) -> tuple
     """First tokens, lengths and steps of the trained samples of groups at positions."""
     parts: list[tuple[Ints, Ints, Ints]] = []
     lengths = order.sequence_lengths_at(positions)
-    end = num_targets(order, file_id)
+    end = order.state.num_targets(file_id)
     for length in np.unique(lengths).tolist():
         chosen = lengths == length
         steps = order.trained_at(positions[chosen], length)

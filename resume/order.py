@@ -191,9 +191,9 @@ class Order:
         )
 
     def _lost_tokens(self, sequence_length: int) -> int:
-        """Untrained tokens of the present epochs in longer samples that are partly trained."""
+        """Untrained targets of the present epochs in those samples of another length that are partly trained."""
         lost = 0
-        long_tokens = math.lcm(self.sequence_length, sequence_length)
+        unit = math.gcd(self.sequence_length, sequence_length)
         for chain in self._chains:
             epoch = self.epoch_at(chain.source, self.state.position)
             for file in chain.files:
@@ -202,11 +202,13 @@ class Order:
                 trained = np.zeros((file.num_groups, self.samples_per_group), dtype=np.bool_)
                 trained[is_passed] = self.trained_at(location.positions[is_passed], self.sequence_length) > 0
                 trained[np.isin(location.fates, (Fate.REMOVED, Fate.ABSENT, Fate.DROPPED))] = True
-                flat = trained.ravel()
-                padding = -len(flat) % (long_tokens // self.sequence_length)
-                longer = np.pad(flat, (0, padding), mode="edge").reshape(-1, long_tokens // self.sequence_length)
-                is_partly = longer.any(axis=1) & ~longer.all(axis=1)
-                lost += int((~longer[is_partly]).sum()) * self.sequence_length
+                # Unit by unit, of which both lengths are multiples; the file's last unit may be shorter.
+                firsts = np.arange(0, self.state.num_targets(file.file_id), unit)
+                sizes = np.minimum(unit, self.state.num_targets(file.file_id) - firsts)
+                is_trained = trained.ravel()[firsts // self.sequence_length]
+                sample = firsts // sequence_length
+                is_partly = np.bincount(sample, is_trained) > 0
+                lost += int(sizes[~is_trained & is_partly[sample]].sum())
         return lost
 
     def source_of(self, file_id: str) -> str:

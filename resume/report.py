@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resume import requests
-from resume.audit import FileAudit, audit_file, epochs_of_file, num_targets
+from resume.audit import FileAudit, audit_file, epochs_of_file
 from resume.chain import Fate, Ints
 from resume.ledger import Ledger
 from resume.mixture import BLOCK
@@ -217,7 +217,7 @@ def history_tables(values: dict[str, Any]) -> str:
             if epoch[f"{kind}_groups"]
         ]
         if left:
-            lines.append(f"epoch {epoch['epoch']}: {_unit(values)} {', '.join(left)}")
+            lines.append(f"epoch {epoch['epoch']}: of its {_unit(values)} {', '.join(left)}")
         if len(lines) == before:
             lines.append(f"epoch {epoch['epoch']}: not part of it")
     return "\n".join([*lines, *(_quarantined(entry) for entry in values["quarantined"])])
@@ -226,7 +226,7 @@ def history_tables(values: dict[str, Any]) -> str:
 def sample_history(order: Order, ledger: Ledger, file_id: str, path: Path | None, sample: int) -> dict[str, Any]:
     """What became of one sample of the present length in each epoch, whatever length it was trained at."""
     first = sample * order.sequence_length
-    last = min(first + order.sequence_length, num_targets(order, file_id))
+    last = min(first + order.sequence_length, order.state.num_targets(file_id))
     group = np.array([first // order.state.group_tokens])
     bad = {(e.first_token, e.sequence_length, e.step) for e in ledger.quarantined if e.file_id == file_id}
     epochs = []
@@ -330,7 +330,9 @@ def _sources(order: Order, position: int) -> list[dict[str, Any]]:
             "source": source,
             "files": len(files[source]),
             "removed_files": len(state.removed & set(files[source])),
-            "tokens": sum(num_targets(order, file_id) for file_id in files[source] if file_id not in state.removed),
+            "tokens": sum(
+                order.state.num_targets(file_id) for file_id in files[source] if file_id not in state.removed
+            ),
             "groups": live[source],
             "share": shares[source],
             "drawn_groups": drawn[source],
@@ -369,7 +371,7 @@ def _heading(order: Order, ledger: Ledger, file_id: str, path: Path | None) -> d
         "file_id": file_id,
         "path": None if path is None else str(path),
         "source": audit.source,
-        "targets": num_targets(order, file_id),
+        "targets": order.state.num_targets(file_id),
         "groups": order.state.num_groups(file_id),
         "group_tokens": order.state.group_tokens,
         "sequence_length": order.sequence_length,

@@ -175,10 +175,13 @@ class DataState:
         origin = max((event.at for event in self.events if isinstance(event, Cut)), default=0)
         return origin - (origin - self.position) // self.window_groups * self.window_groups
 
+    def num_targets(self, file_id: str) -> int:
+        """Targets in a file; follows from its size, which is part of its identity."""
+        return (int(file_id.rsplit("-", 1)[1]) - HEADER_BYTES) // self.token_bytes - 1
+
     def num_groups(self, file_id: str) -> int:
-        """Groups in a file, the shorter last one included; follows from its size, which is part of its identity."""
-        num_tokens = (int(file_id.rsplit("-", 1)[1]) - HEADER_BYTES) // self.token_bytes
-        return -(-(num_tokens - 1) // self.group_tokens)
+        """Groups in a file, the shorter last one included."""
+        return -(-self.num_targets(file_id) // self.group_tokens)
 
     def advance(self, num_samples: int, num_targets: int) -> "DataState":
         """The state after a committed step over the next num_samples samples, of which num_targets were trained on."""

@@ -43,7 +43,8 @@ class StatCache:
     def __init__(self, run: Path):
         self._path = run / "checked" / f"{socket.gethostname()}.json"
         self._entries: dict[str, tuple[str, _Stat]] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged: everything is checked anew
+        # None yet, or damaged: everything is checked anew.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             table = json.loads(self._path.read_text(encoding="utf-8"))
             self._entries = {name: (file_id, stat) for name, (file_id, stat) in table.items()}
 
