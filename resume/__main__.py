@@ -32,7 +32,7 @@ from data_prep.checksums import ChecksumError
 from data_prep.config_file import ConfigError
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import ManifestError, read_manifest
-from data_prep.shards import ShardError, read_header
+from data_prep.shards import ShardError, read_header, verify_payload
 from resume import checkpoint, report, requests
 from resume.audit import audit_file, trained_bitmap
 from resume.manifest import DataError, DataFile, file_of, listed_files, refuse_other_tokenizers, refuse_overlap
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code = arguments.command(open_run(arguments.run), arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # here, so that a reader who left is no traceback
         return code
     except RequestError as error:
         return _fail(error, BAD_REQUEST)
@@ -105,7 +105,8 @@ def _append(run: Run, arguments: argparse.Namespace) -> int:
     for file in new.values():
         by_source.setdefault(file.source, {})[file.file_id] = str(file.path.absolute())
     weights = parse_weights(arguments.weights) if arguments.weights else None
-    known_ones = f"; {len(given) - len(new):,} others are part of the run already" if len(given) > len(new) else ""
+    num_known = len({file.file_id for file in given} & known)
+    known_ones = f"; {num_known:,} others are part of the run already" if num_known else ""
     targets = sum(file.num_targets for file in new.values())
     return _queue(run, {"kind": "append", "files": by_source, "weights": weights}, f"; {targets:,} tokens{known_ones}")
 
@@ -119,11 +120,12 @@ def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> lis
             refuse_other_tokenizers({**run.data_folders, path: manifest})
             listed = listed_files({path: manifest}, "train")
             files += [DataFile(**{**_fields(file), "source": source}) for file in listed] if source else listed
-        elif state.has_mixture and source is None:
-            sources = ", ".join(sorted(state.sources))
-            raise RequestError(f"{path}: say with --source which source the shard belongs to; the run has {sources}")
         else:
             token_bytes = np.dtype(read_header(path).dtype).itemsize
+            if state.has_mixture and source is None:
+                named = ", ".join(sorted(state.sources))
+                raise RequestError(f"{path}: say with --source which source the shard belongs to; the run has {named}")
+            verify_payload(path)  # no manifest says who it is: a rotten copy would pass for another shard
             files.append(file_of(fingerprint(path).file_id, path, token_bytes, source or WHOLE))
     for file in files:
         if file.dtype.itemsize != state.token_bytes:
@@ -172,7 +174,9 @@ def _audit(run: Run, arguments: argparse.Namespace) -> int:
             raise RequestError(f"--bitmap {arguments.bitmap}: expected a name that ends in .npz")
         bitmaps: dict[str, Any] = {i: trained_bitmap(order, ledger, i) for i in file_ids or order.file_ids}
         np.savez_compressed(arguments.bitmap, **bitmaps)
-        print(f"{arguments.bitmap}: how often each sample of {len(bitmaps):,} files was trained, an array by identity")
+        remark = f"how often each sample of {len(bitmaps):,} files was trained, an array by identity"
+        values = {"bitmap": str(arguments.bitmap), "files": list(bitmaps)}
+        _show(values, arguments.json, f"{arguments.bitmap}: {remark}")
         return 0
     if arguments.sample is not None:
         return _audit_sample(run, file_ids, arguments)
@@ -245,7 +249,8 @@ def _findings(file: DataFile, level: Level, tokenizer_digest: str, cache: StatCa
                 which = report.ranges(np.array(damaged))
                 findings.append(f"{file.path}: samples {which} differ from their checksums")
         except (ChecksumError, ShardError, OSError) as error:
-            findings.append(str(error))
+            if not findings:  # else it only follows from what is wrong with the shard
+                findings.append(str(error))
     return findings
 
 

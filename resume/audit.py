@@ -57,7 +57,8 @@ def epochs_of_file(order: Order, file_id: str) -> Iterator[EpochOfFile]:
     """
     state = order.state
     groups = np.arange(state.num_groups(file_id), dtype=np.int64)
-    for epoch in range(order.epoch_at(order.source_of(file_id), state.position) + 1):
+    settled = order.extend(state.next_boundary)  # in the present window any group may be trained in part
+    for epoch in range(order.epoch_at(order.source_of(file_id), settled) + 1):
         location = order.locate(file_id, groups, epoch)
         is_drawn = (location.fates == Fate.DRAWN) & (location.positions >= 0)
         # With windows a group is trained bit by bit: those of the present window may be beyond the cursor.

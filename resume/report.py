@@ -97,15 +97,20 @@ def plan(state: DataState, num_steps: int, step_s: float | None = None) -> dict[
             "step": state.step + steps_before + 1,
             "tokens": position * state.group_tokens,
             "in_s": None if step_s is None else steps_before * step_s,
-            "is_within_run": position < end,
+            "is_within_run": position < end or position == end < last,  # what ends the data is part of the run
         }
 
     coming: list[tuple[int, str, str]] = []
     is_shown = dict.fromkeys(order.sources, True)
+    exhausted_after: dict[str, int] = {}
     for happening in sorted(order.happenings, key=lambda happening: happening.position):
         if happening.position >= state.position and is_shown[happening.source]:
-            is_exhausted = happening.kind == "exhausted"
-            what = "is exhausted" if is_exhausted else f"begins epoch {happening.epoch}"
+            what = f"begins epoch {happening.epoch}"
+            if happening.kind == "exhausted":
+                what, drawn = "is exhausted", order.drawn_before(happening.position)[happening.source]
+                if exhausted_after.get(happening.source) == drawn:
+                    continue  # other weights only had it asked once more
+                exhausted_after[happening.source] = drawn
             coming.append((happening.position, happening.source, what))
             is_shown[happening.source] = happening.position < end  # of what lies behind the run, the first
     for event in state.events:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import Manifest, ManifestError, read_manifest
 from resume import checkpoint, requests
@@ -105,7 +107,8 @@ class Run:
                 f"{_SHORTEST_BEGINNING} characters or more, as `python -m resume audit {self.folder}` lists them"
             )
         if len(fitting) > 1:
-            examples = sorted(str(paths.get(file_id, file_id)) for file_id in fitting)[:2]
+            places = {str(paths.get(file_id, file_id)) for file_id in fitting}
+            examples = sorted(places if len(places) > 1 else fitting)[:2]
             raise RequestError(f"{name}: fits {len(fitting)} files of the run, as {' and '.join(examples)}; give more")
         return fitting.pop()
 
@@ -137,12 +140,22 @@ def open_run(folder: Path) -> Run:
         state = states.from_json(record["data"])
         order = Order(state)
         ledger = ledgers.from_json(record["trained"], order.file_ids)
-        config = tomllib.loads((newest / "config.toml").read_text(encoding="utf-8"))
+        config = _read_config(newest / "config.toml", record["files"]["config.toml"]["xxh3_128"])
     except KeyError as error:
         raise DataError(f"{newest}: its record has no {error}; it was written by another version") from error
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{newest / 'config.toml'}: unreadable ({error}); restore it") from error
+    except DataError as error:
+        raise DataError(f"{newest}: {error}") from error
     return Run(folder, newest, config, state, order, ledger, requests.pending(folder, state.requests_taken))
+
+
+def _read_config(path: Path, xxh3_128: str) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name} is unreadable ({error.strerror}); restore it") from error
+    if xxhash.xxh3_128_hexdigest(content) != xxh3_128:
+        raise DataError(f"{path.name} is damaged, its hash is not the record's; restore it")
+    return tomllib.loads(content.decode("utf-8"))
 
 
 def read_paths(run: Path) -> dict[str, Path]:
