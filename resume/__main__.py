@@ -17,6 +17,7 @@ does not fit the run.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from data_prep.fingerprint import fingerprint
 from data_prep.manifest import ManifestError, read_manifest
 from data_prep.shards import ShardError, read_header, verify_payload
 from resume import checkpoint, report, requests
-from resume.audit import audit_file, trained_bitmap
+from resume.audit import audit_files, trained_bitmap
 from resume.manifest import DataError, DataFile, file_of, listed_files, refuse_other_tokenizers, refuse_overlap
 from resume.mixture import parse_weights
 from resume.order import Order
@@ -119,7 +120,7 @@ def _files_to_append(run: Run, paths: Sequence[Path], source: str | None) -> lis
             manifest = read_manifest(path)
             refuse_other_tokenizers({**run.data_folders, path: manifest})
             listed = listed_files({path: manifest}, "train")
-            files += [DataFile(**{**_fields(file), "source": source}) for file in listed] if source else listed
+            files += [dataclasses.replace(file, source=source) for file in listed] if source else listed
         else:
             token_bytes = np.dtype(read_header(path).dtype).itemsize
             if state.has_mixture and source is None:
@@ -186,9 +187,10 @@ def _audit(run: Run, arguments: argparse.Namespace) -> int:
         tables = "\n\n".join(map(report.history_tables, histories))
         _show({"files": histories, "agree": agree}, arguments.json, tables)
         return 0 if agree else BAD_DATA
-    bar = tqdm(order.file_ids, desc="audit", unit="file", leave=False, disable=None)
-    audits = [audit_file(order, ledger, file_id) for file_id in bar]
-    rows = [{**_fields(a), "path": str(paths.get(a.file_id, "")) or None, "agrees": a.agrees} for a in audits]
+    audits = audit_files(order, ledger, show_progress=True)
+    rows = [
+        {**dataclasses.asdict(a), "path": str(paths.get(a.file_id, "")) or None, "agrees": a.agrees} for a in audits
+    ]
     agree = all(audit.agrees for audit in audits)
     _show({"files": rows, "agree": agree}, arguments.json, report.audit_tables(audits, paths))
     return 0 if agree else BAD_DATA
@@ -269,10 +271,6 @@ def _queue(run: Run, request: dict[str, Any], remark: str = "") -> int:
 
 def _show(values: dict[str, Any], as_json: bool, tables: str) -> None:
     print(json.dumps(values, indent=1) if as_json else tables)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def _fail(error: Exception | str, code: int) -> int:

@@ -34,6 +34,8 @@ class Ledger:
         self.counts = np.zeros(len(file_ids), dtype=np.int64)
         self.digests = np.zeros(len(file_ids), dtype=np.uint64)
         self.quarantined: list[Quarantined] = []
+        self.not_applied: list[int] = []
+        """Steps that the guard left out: their samples were read, and not learned from."""
 
     def add(self, files: Ints, samples: Ints, sequence_length: int) -> None:
         """Books samples (P,) of files (P,) that a committed step trained."""
@@ -46,7 +48,7 @@ class Ledger:
         index = {file_id: i for i, file_id in enumerate(file_ids)}
         where = [index[file_id] for file_id in self.file_ids]
         moved.counts[where], moved.digests[where] = self.counts, self.digests
-        moved.quarantined = list(self.quarantined)
+        moved.quarantined, moved.not_applied = list(self.quarantined), list(self.not_applied)
         return moved
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class Ledger:
             "counts": self.counts.tolist(),
             "digests": [f"{digest:016x}" for digest in self.digests.tolist()],
             "quarantined": [dataclasses.astuple(entry) for entry in self.quarantined],
+            "not_applied": self.not_applied,
         }
 
 
@@ -69,6 +72,7 @@ def from_json(record: Mapping[str, Any], file_ids: Sequence[str]) -> Ledger:
         counts = np.array([int(count) for count in record["counts"]], dtype=np.int64)
         digests = np.array([int(digest, 16) for digest in record["digests"]], dtype=np.uint64)
         ledger.quarantined = [Quarantined(*entry) for entry in record["quarantined"]]
+        ledger.not_applied = [int(step) for step in record["not_applied"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"the checkpoint's record of trained samples is damaged ({error})") from error
     if not len(counts) == len(digests) == len(file_ids):

@@ -1,7 +1,7 @@
 """The shards of a run: each known by its content, listed by manifests, found again wherever it lies."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,19 +113,25 @@ def look_for(
 ) -> dict[str, DataFile]:
     """Finds files by content: where the first of `places` says, or the next, or anywhere below `folders`.
 
+    One that is there, but of another size, is given if there is no better: checking it says what is wrong.
+
     Cost: a fingerprint (2 MiB read) of each file of a fitting size, only if a file is not where it should be.
     """
     found: dict[str, DataFile] = {}
+    truncated: dict[str, DataFile] = {}
     for file_id in file_ids:
         listed = [place[file_id] for place in places if file_id in place]
         there = [file for file in listed if file.path.is_file()]
-        if there:
-            found[file_id] = there[0]
+        whole = [file for file in there if file.path.stat().st_size == _size_of(file_id)]
+        if whole:
+            found[file_id] = whole[0]
+        elif there:
+            truncated[file_id] = there[0]
     lost = [file_id for file_id in file_ids if file_id not in found]
-    for file_id, path in (_search(lost, folders) if lost else {}).items():
+    for file_id, path in (_search(set(lost), folders) if lost else {}).items():
         hint = next(place[file_id] for place in places if file_id in place)
         found[file_id] = dataclasses.replace(hint, path=path)
-    return found
+    return truncated | found
 
 
 def file_of(file_id: str, path: Path, token_bytes: int, source: str = "") -> DataFile:
@@ -134,13 +140,17 @@ def file_of(file_id: str, path: Path, token_bytes: int, source: str = "") -> Dat
         file_id=file_id,
         path=path,
         dtype=np.dtype(f"<u{token_bytes}"),
-        num_tokens=(int(file_id.rsplit("-", 1)[1]) - HEADER_BYTES) // token_bytes,
+        num_tokens=(_size_of(file_id) - HEADER_BYTES) // token_bytes,
         source=source,
     )
 
 
-def _search(lost: Sequence[str], folders: Iterable[Path]) -> dict[str, Path]:
-    sizes = {int(file_id.rsplit("-", 1)[1]) for file_id in lost}
+def _size_of(file_id: str) -> int:
+    return int(file_id.rsplit("-", 1)[1])
+
+
+def _search(lost: Collection[str], folders: Iterable[Path]) -> dict[str, Path]:
+    sizes = set(map(_size_of, lost))
     candidates = {path.resolve() for folder in folders if folder.is_dir() for path in folder.rglob("*.bin")}
-    fitting = [path for path in sorted(candidates) if path.stat().st_size in sizes]
+    fitting = [path for path in sorted(candidates) if path.is_file() and path.stat().st_size in sizes]
     return {file_id: path for path in fitting if (file_id := fingerprint(path).file_id) in lost}

@@ -8,7 +8,8 @@ before any position follow by arithmetic (and one block's table), and any positi
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,17 +86,20 @@ def parse_max_epochs(entries: Sequence[str]) -> dict[str, int]:
 
 def quotas_of(weights: Weights, sources: Sequence[str]) -> Ints:
     """Integer quotas (sources,) that add up to BLOCK, by largest remainder; a positive weight has at least 1."""
-    values = np.array([weights.get(source, 0.0) for source in sources])
-    exact = values / values.sum() * BLOCK
-    quotas = np.floor(exact).astype(np.int64)
-    quotas[(values > 0) & (quotas == 0)] = 1
-    by_remainder = np.argsort(-(exact - quotas), kind="stable")
-    surplus = BLOCK - int(quotas.sum())
+    # In exact arithmetic, over those that are drawn from: a source that joins later must not change, by the last bit of
+    # a sum, what came before it.
+    drawn = {source: Fraction(weights[source]) for source in sources if weights.get(source, 0.0) > 0}
+    total = sum(drawn.values())
+    exact = {source: weight / total * BLOCK for source, weight in drawn.items()}
+    quotas = {source: max(1, math.floor(share)) for source, share in exact.items()}
+    surplus = BLOCK - sum(quotas.values())
     if surplus >= 0:
-        quotas[by_remainder[:surplus]] += 1
+        by_remainder = sorted(drawn, key=lambda source: (quotas[source] - exact[source], source))
+        for source in by_remainder[:surplus]:
+            quotas[source] += 1
     else:
-        quotas[int(np.argmax(quotas))] += surplus  # tiny weights were raised to 1
-    return quotas
+        quotas[max(sorted(drawn), key=lambda source: quotas[source])] += surplus  # tiny weights were raised to 1
+    return np.array([quotas.get(source, 0) for source in sources], dtype=np.int64)
 
 
 class Mixture:
@@ -146,8 +150,7 @@ class Mixture:
                 sources[where], draws[where] = only[0], offsets + self._drawn[segment][only[0]]
                 continue
             blocks, inside = np.divmod(offsets, BLOCK)
-            for block in np.unique(blocks).tolist():
-                chosen = blocks == block
+            for block, chosen in by_value(blocks):
                 table = self._block(segment, block)
                 source = table.sources[inside[chosen]].astype(np.int64)
                 at = where[chosen]
@@ -168,8 +171,7 @@ class Mixture:
             if quota == BLOCK:
                 positions[where] = self.starts[segment] + blocks * BLOCK + ranks
                 continue
-            for block in np.unique(blocks).tolist():
-                chosen = blocks == block
+            for block, chosen in by_value(blocks):
                 places = self._block(segment, block).places[source]
                 positions[where[chosen]] = self.starts[segment] + block * BLOCK + places[ranks[chosen]]
         return positions
@@ -189,6 +191,13 @@ class Mixture:
             self._tables[key] = _Block(quotas, hashed_key("mixture", *fields))
         self._tables.move_to_end(key)
         return self._tables[key]
+
+
+def by_value(values: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each distinct one of values (P,), and the indices (N,) where it stands."""
+    order = np.argsort(values, kind="stable")
+    distinct, firsts = np.unique(values[order], return_index=True)
+    return zip(distinct.tolist(), np.split(order, firsts)[1:], strict=True)
 
 
 class _Block:

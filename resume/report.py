@@ -179,19 +179,21 @@ def audit_tables(audits: Sequence[FileAudit], paths: Mapping[str, Path]) -> str:
 def file_history(order: Order, ledger: Ledger, file_id: str, path: Path | None) -> dict[str, Any]:
     """Which samples of a file were trained, in which epoch, at which step, and whether the books agree."""
     epochs = []
-    for epoch in epochs_of_file(order, file_id):
-        lengths = np.unique(epoch.lengths).tolist()
+    for epoch in epochs_of_file(order, ledger, file_id):
+        lengths, steps = epoch.lengths[epoch.is_applied], epoch.steps[epoch.is_applied]
+        first_tokens = epoch.first_tokens[epoch.is_applied]
         epochs.append(
             {
                 "epoch": epoch.epoch,
                 "trained": [
                     {
                         "sequence_length": length,
-                        "samples": (epoch.first_tokens[epoch.lengths == length] // length).tolist(),
-                        "steps": epoch.steps[epoch.lengths == length].tolist(),
+                        "samples": (first_tokens[lengths == length] // length).tolist(),
+                        "steps": steps[lengths == length].tolist(),
                     }
-                    for length in lengths
+                    for length in np.unique(lengths).tolist()
                 ],
+                "not_applied_samples": int((~epoch.is_applied).sum()),
                 "waiting_groups": epoch.num_waiting,
                 "skipped_groups": epoch.num_skipped,
                 "dropped_groups": epoch.num_dropped,
@@ -221,6 +223,10 @@ def history_tables(values: dict[str, Any]) -> str:
             for kind in ("waiting", "skipped", "dropped", "removed")
             if epoch[f"{kind}_groups"]
         ]
+        if epoch["not_applied_samples"]:
+            lines.append(
+                f"epoch {epoch['epoch']}: {epoch['not_applied_samples']:,} samples in steps that were not applied"
+            )
         if left:
             lines.append(f"epoch {epoch['epoch']}: of its {_unit(values)} {', '.join(left)}")
         if len(lines) == before:
@@ -235,9 +241,9 @@ def sample_history(order: Order, ledger: Ledger, file_id: str, path: Path | None
     group = np.array([first // order.state.group_tokens])
     bad = {(e.first_token, e.sequence_length, e.step) for e in ledger.quarantined if e.file_id == file_id}
     epochs = []
-    for epoch in epochs_of_file(order, file_id):
+    for epoch in epochs_of_file(order, ledger, file_id):
         overlaps = (epoch.first_tokens < last) & (epoch.first_tokens + epoch.lengths > first)
-        columns_of = (epoch.first_tokens[overlaps], epoch.lengths[overlaps], epoch.steps[overlaps])
+        columns_of = (column[overlaps] for column in (epoch.first_tokens, epoch.lengths, epoch.steps, epoch.is_applied))
         trained = list(zip(*(column.tolist() for column in columns_of), strict=True))
         fate = Fate(int(order.locate(file_id, group, epoch.epoch).fates[0]))
         epochs.append(
@@ -249,8 +255,9 @@ def sample_history(order: Order, ledger: Ledger, file_id: str, path: Path | None
                         "sequence_length": length,
                         "step": step,
                         "is_quarantined": (start, length, step) in bad,
+                        "is_applied": is_applied,
                     }
-                    for start, length, step in trained
+                    for start, length, step, is_applied in trained
                 ],
                 "otherwise": None if trained else _FATES[fate],
             }
@@ -267,8 +274,9 @@ def sample_tables(values: dict[str, Any]) -> str:
     for epoch in values["epochs"]:
         for trained in epoch["trained"]:
             other = f" as sample {trained['sample']:,} of {trained['sequence_length']:,} tokens"
+            applied = "trained" if trained["is_applied"] else "read, NOT APPLIED,"
             lines.append(
-                f"epoch {epoch['epoch']}: {'QUARANTINED' if trained['is_quarantined'] else 'trained'} at step "
+                f"epoch {epoch['epoch']}: {'QUARANTINED' if trained['is_quarantined'] else applied} at step "
                 f"{trained['step']:,}{other if trained['sequence_length'] != length else ''}"
             )
         if epoch["otherwise"]:
@@ -328,16 +336,15 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _sources(order: Order, position: int) -> list[dict[str, Any]]:
     state = order.state
+    removed = state.removed
     files, shares, epochs = state.sources, order.shares_at(position), order.progress(position)
     drawn, live = order.drawn_before(position), order.live_groups()
     return [
         {
             "source": source,
             "files": len(files[source]),
-            "removed_files": len(state.removed & set(files[source])),
-            "tokens": sum(
-                order.state.num_targets(file_id) for file_id in files[source] if file_id not in state.removed
-            ),
+            "removed_files": len(removed & set(files[source])),
+            "tokens": sum(order.state.num_targets(file_id) for file_id in files[source] if file_id not in removed),
             "groups": live[source],
             "share": shares[source],
             "drawn_groups": drawn[source],

@@ -3,7 +3,6 @@
 Every sample is checked against its checksum where the shard has a file of them, every token id against the vocabulary.
 """
 
-import os
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from data_prep.checksums import (
     verify_checksums,
 )
 from data_prep.shards import HEADER_BYTES, ShardError
+from resume.local_shards import LocalShards
 from resume.manifest import DataError, DataFile
 
 NO_SAMPLE = 2**40
@@ -47,15 +47,10 @@ class RowsRead:
 
 
 class _OpenFile(NamedTuple):
-    """Descriptors of a shard and, where its samples are checked, of its checksum file."""
+    """Handles of a shard and, where its samples are checked, of its checksum file."""
 
     shard: int
     checksums: int | None
-
-    def close(self) -> None:
-        os.close(self.shard)
-        if self.checksums is not None:
-            os.close(self.checksums)
 
 
 class SampleReader:
@@ -74,6 +69,7 @@ class SampleReader:
         eos_id: int,
         on_bad_sample: Literal["stop", "quarantine"] = "stop",
         group_samples: int = 1,
+        shards: LocalShards | None = None,
     ):
         """Reads the heads of the files' checksum files; samples are read in groups of `group_samples` neighbours.
 
@@ -84,6 +80,7 @@ class SampleReader:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.eos_id = eos_id
+        self._shards = shards or LocalShards()
         self.dtype = _common_dtype(self.files)
         self._quarantines = on_bad_sample == "quarantine"
         self._group_samples = group_samples
@@ -92,6 +89,8 @@ class SampleReader:
         self._max_open_files = _max_open_files()
         self._open_files: dict[int, _OpenFile] = {}
         self._recent_groups: dict[tuple[int, int], None] = {}
+        self.spoil_next = False
+        """Flips a bit of the next sample in memory, before it is compared with its checksum: for drills."""
 
     @property
     def num_checked_files(self) -> int:
@@ -105,7 +104,8 @@ class SampleReader:
         Dtypes: rows as `dtype`.
         Raises:
             BadSampleError: a sample differs from its checksum, and is not to be quarantined.
-            DataError: a file shrank, holds a token id that the vocabulary does not have, or its checksums are damaged.
+            DataError: a file shrank, cannot be read, holds a token id that the vocabulary does not have, or its
+                checksums are damaged.
         """
         num_targets = np.clip(self._targets_of_file[files] - samples * self.sequence_length, 0, self.sequence_length)
         row_bytes, token_bytes = rows.strides[0], rows.itemsize
@@ -113,19 +113,30 @@ class SampleReader:
         # A row without targets has no context token either.
         sizes = (num_targets + (num_targets > 0)) * token_bytes
         memory, starts = rows.data.cast("B"), range(0, len(files) * row_bytes, row_bytes)
-        preadv, is_open = os.preadv, self._open_files.get  # looked up once: this loop is what reading costs
+        # Looked up once: this loop is what reading costs.
+        read_part, is_open = self._shards.read_into, self._open_files.get
         bad_rows: list[int] = []
-        for file, sample, start, size in zip(files.tolist(), samples.tolist(), starts, sizes.tolist()):
-            if not size:
-                continue
-            shard, checksums = is_open(file) or self._open(file)
-            content = memory[start : start + size]
-            found = preadv(shard, (content,), HEADER_BYTES + sample * sample_bytes)
-            if found != size:
-                raise self._truncated(file, sample, size, found)
-            if checksums is not None and not self._is_intact(file, sample, content, checksums):
-                self._refuse_bad(file, sample)
-                bad_rows.append(start // row_bytes)
+        spoil, self.spoil_next = self.spoil_next, False
+        file = sample = 0
+        try:
+            for file, sample, start, size in zip(files.tolist(), samples.tolist(), starts, sizes.tolist()):
+                if not size:
+                    continue
+                shard, checksums = is_open(file) or self._open(file)
+                content = memory[start : start + size]
+                found = read_part(shard, (content,), HEADER_BYTES + sample * sample_bytes)
+                if found != size:
+                    raise self._truncated(file, sample, size, found)
+                if spoil:
+                    content[-1] ^= 1
+                    spoil = False
+                if checksums is not None and not self._is_intact(file, sample, content, checksums):
+                    self._refuse_bad(file, sample)
+                    bad_rows.append(start // row_bytes)
+        except OSError as error:  # a dying disk: rot mostly shows as this
+            raise DataError(
+                f"{self.files[file].path}: sample {sample} cannot be read ({error.strerror}); restore the shard"
+            ) from error
         num_targets[bad_rows] = 0
         for row in np.flatnonzero(num_targets < self.sequence_length).tolist():
             rows[row, num_targets[row] + 1 if num_targets[row] else 0 :] = self.eos_id
@@ -143,13 +154,17 @@ class SampleReader:
         num_bytes = self._group_samples * sample_bytes + self.dtype.itemsize
         for file, first in wanted:
             shard, _ = self._open_files.get(file) or self._open(file)
-            os.posix_fadvise(shard, HEADER_BYTES + first * sample_bytes, num_bytes, os.POSIX_FADV_WILLNEED)
+            self._shards.will_need(shard, HEADER_BYTES + first * sample_bytes, num_bytes)
 
     def close(self) -> None:
         """Closes the files; the reader may be used again."""
-        for opened in self._open_files.values():
-            opened.close()
-        self._open_files.clear()
+        while self._open_files:
+            self._close(next(iter(self._open_files)))
+
+    def _close(self, index: int) -> None:
+        for handle in self._open_files.pop(index):
+            if handle is not None:
+                self._shards.close(handle)
 
     def _not_announced(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
         fresh = [group for group in dict.fromkeys(groups) if group not in self._recent_groups]
@@ -161,26 +176,31 @@ class SampleReader:
     def _open(self, index: int) -> _OpenFile:
         if len(self._open_files) >= self._max_open_files:
             # The one opened first: the order is random, so that the least recently used would serve no better.
-            self._open_files.pop(next(iter(self._open_files))).close()
+            self._close(next(iter(self._open_files)))
         path = self.files[index].path
         checksums = None
         if self._checksums[index] is not None:
-            checksums = os.open(checksum_path(path), os.O_RDONLY)
+            checksums = self._shards.open(checksum_path(path))
             # All of it, a quarter of a megabyte per gigabyte: else each sample would wait for a page of checksums.
-            os.posix_fadvise(checksums, 0, 0, os.POSIX_FADV_WILLNEED)
-        opened = self._open_files[index] = _OpenFile(os.open(path, os.O_RDONLY), checksums)
+            self._shards.will_need(checksums, 0, 0)
+        opened = self._open_files[index] = _OpenFile(self._shards.open(path), checksums)
         return opened
 
     def _is_intact(self, file: int, sample: int, content: memoryview, checksums: int) -> bool:
         header = self._checksums[file]
         assert header is not None
         if header.sample_tokens == self.sequence_length:  # the usual case, at half the cost of the general one
-            recorded = os.pread(checksums, CHECKSUM_BYTES, TABLE_OFFSET + sample * CHECKSUM_BYTES)
+            recorded = self._read_checksums(checksums, sample, 1)
             return int.from_bytes(recorded, "little") == xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
         found = sample_checksums(content, header.sample_tokens, self.dtype.itemsize)
         first = sample * (self.sequence_length // header.sample_tokens)
-        recorded = os.pread(checksums, len(found) * CHECKSUM_BYTES, TABLE_OFFSET + first * CHECKSUM_BYTES)
+        recorded = self._read_checksums(checksums, first, len(found))
         return recorded == b"".join([checksum.to_bytes(CHECKSUM_BYTES, "little") for checksum in found])
+
+    def _read_checksums(self, handle: int, first: int, count: int) -> bytearray:
+        recorded = bytearray(count * CHECKSUM_BYTES)
+        found = self._shards.read_into(handle, (recorded,), TABLE_OFFSET + first * CHECKSUM_BYTES)
+        return recorded[:found]
 
     def _refuse_bad(self, index: int, sample: int) -> None:
         """Raises unless it is the sample that is bad, and bad samples are quarantined."""

@@ -261,6 +261,8 @@ def append(
 ) -> DataState:
     """New files join the unseen of their sources; `weights` become the mixture, which new sources want.
 
+    Under weights that are planned for later, new sources keep the share that they get now.
+
     Raises:
         DataError: nothing new, a file that is or was part of the run, a file twice, or a new source without a weight.
     """
@@ -272,13 +274,15 @@ def append(
     new = [file_id for file_ids in files.values() for file_id in file_ids]
     if not new:
         raise DataError("there is no file to append")
-    for i, file_id in enumerate(new):
-        if file_id in state.removed:
+    removed, given = state.removed, set[str]()
+    for file_id in new:
+        if file_id in removed:
             raise DataError(f"file {file_id} was removed from the run; a removed file cannot come back")
         if file_id in known:
             raise DataError(f"file {file_id} is part of the run already (source {known[file_id]})")
-        if file_id in new[:i]:
+        if file_id in given:
             raise DataError(f"file {file_id} is given twice")
+        given.add(file_id)
     if state.has_mixture:
         wanted = {source for event in state.events if isinstance(event, Reweight) for source in event.weights}
         missing = set(files) - (set(weights) if weights else wanted)
@@ -293,8 +297,18 @@ def append(
         # Made together or one by one, it is one event: the record does not grow with the number of commands.
         merged = {s: sorted({*last.files.get(s, []), *by_source.get(s, [])}) for s in sorted({*last.files, *by_source})}
         return dataclasses.replace(state, events=(*state.events[:-1], dataclasses.replace(last, files=merged)))
+    joining = set(files) - set(state.sources)
     grown = state._with(Append(at=at, step=state.step, files=by_source))
-    return reweight(grown, weights) if weights else grown
+    if weights:
+        grown = reweight(grown, weights)
+        share = sum(weights[source] for source in joining) / sum(weights.values())
+        # Weights that were planned for later do not know of the new sources, which keep their share under them.
+        for event in [e for e in state.events if isinstance(e, Reweight) and e.at > at]:
+            scale = (1 - share) / sum(event.weights.values())
+            planned = {source: weight * scale for source, weight in event.weights.items()}
+            planned |= {source: weights[source] / sum(weights.values()) for source in joining}
+            grown = grown._with(Reweight(at=event.at, step=state.step, weights=planned))
+    return grown
 
 
 def remove(state: DataState, file_ids: Sequence[str]) -> DataState:
@@ -303,11 +317,11 @@ def remove(state: DataState, file_ids: Sequence[str]) -> DataState:
     Raises:
         DataError: a file that is not part of the run, or is removed already.
     """
-    known = {file_id for ids in state.sources.values() for file_id in ids}
+    known, removed = {file_id for ids in state.sources.values() for file_id in ids}, state.removed
     for file_id in file_ids:
         if file_id not in known:
             raise DataError(f"file {file_id} is not part of the run")
-        if file_id in state.removed:
+        if file_id in removed:
             raise DataError(f"file {file_id} is removed already")
     return state._with(Remove(at=state.next_boundary, step=state.step, file_ids=sorted(set(file_ids))))
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_prep import publish
 from data_prep.checksums import (
     TABLE_OFFSET,
+    ChecksumError,
     checksum_path,
     read_checksum_header,
     sample_checksums,
@@ -150,6 +151,10 @@ def _check(file: DataFile, level: Level, tokenizer_digest: str, cache: StatCache
             f"{file.path}: fingerprint {found}, manifest has {file.file_id}. The file changed "
             "after it was prepared; restore it, or add the new version under another name"
         )
+    try:
+        read_checksum_header(file.path)
+    except ChecksumError as error:
+        raise DataError(str(error)) from error
     if level == "full":
         verify_payload(file.path)
 

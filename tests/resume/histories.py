@@ -109,7 +109,7 @@ class History:
         if self.has_mixture and self.rng.random() < 0.15:
             files["d"] = self._new_files(1, 1)
             weights = self._random_weights({*self.lived.truth.sources, "d"})
-        at = self.lived.settled
+        at, joining = self.lived.settled, set(files) - set(self.lived.truth.sources)
         self.trail.append(f"append {self._shown(files)} at {at}, weights {weights}")
         if not weights and self.rng.random() < 0.5:
             self._expect_any_order_of_appends(files)
@@ -120,6 +120,7 @@ class History:
         self.lived.truth.append(self._counted(files))
         if weights:
             self.lived.truth.reweight(at, weights)
+            self.lived.truth.keep_share(at, {name: weights[name] / sum(weights.values()) for name in joining})
 
     def remove(self) -> None:
         """One or two files go; seldom all of them."""

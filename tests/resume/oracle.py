@@ -225,6 +225,13 @@ class Truth:
         self.weights.append((position, dict(weights)))
         self.weights.sort(key=lambda entry: entry[0])
 
+    def keep_share(self, position: int, shares: Mapping[str, float]) -> None:
+        """Sources that joined at a position keep their shares under the mixtures that are planned for later."""
+        rest = 1 - sum(shares.values())
+        for at, planned in [entry for entry in self.weights if entry[0] > position]:
+            total = sum(planned.values())
+            self.reweight(at, {name: rest * weight / total for name, weight in planned.items()} | dict(shares))
+
     def weights_at(self, position: int) -> dict[str, float]:
         """The mixture that holds at a position, without sources that are not drawn from."""
         if not self.weights:

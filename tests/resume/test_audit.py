@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resume import state as states
-from resume.audit import EpochOfFile, FileAudit, audit_file, epochs_of_file, trained_bitmap
+from resume.audit import EpochOfFile, FileAudit, audit_file, audit_files, epochs_of_file, trained_bitmap
 from resume.chain import Fate
 from resume.ledger import Ledger, Quarantined, sample_hashes
 from resume.order import Order
@@ -100,7 +100,10 @@ def by_epoch(epochs: Sequence[EpochOfFile]) -> dict[int, dict[Span, int]]:
 
 
 def audits(order: Order, books: Ledger) -> dict[str, FileAudit]:
-    return {file_id: audit_file(order, books, file_id) for file_id in order.file_ids}
+    """By either way: asking where each file's samples went, and walking over all positions."""
+    each = [audit_file(order, books, file_id) for file_id in order.file_ids]
+    assert audit_files(order, books) == each
+    return {audit.file_id: audit for audit in each}
 
 
 @pytest.mark.parametrize("walked", WALKS.values(), ids=WALKS.keys())
@@ -111,7 +114,7 @@ def test_the_audit_is_what_a_walk_over_every_sample_has_seen(walked: Callable[[]
     sources = {file_id: source for source, file_ids in walk.state.sources.items() for file_id in file_ids}
     assert sorted(order.file_ids) == sorted(sources)
     for file_id, audit in audits(order, books).items():
-        assert by_epoch(list(epochs_of_file(order, file_id))) == walk.trained.get(file_id, {})
+        assert by_epoch(list(epochs_of_file(order, books, file_id))) == walk.trained.get(file_id, {})
         num_trained = sum(map(len, walk.trained[file_id].values()))
         num_bad = sum(entry.file_id == file_id for entry in books.quarantined)
         assert (audit.source, audit.computed, audit.quarantined) == (sources[file_id], num_trained, num_bad)
@@ -136,6 +139,30 @@ def test_the_bitmap_counts_how_often_a_sample_was_trained_from_its_first_target_
         assert trained_bitmap(order, books, file_id).tolist() == expected
 
 
+def test_samples_of_steps_that_were_not_applied_are_not_trained():
+    walk = Walk(begun([96, 40])).steps(7)
+    order, books = Order(walk.state), Ledger(Order(walk.state).file_ids)
+    books.not_applied = [2, 6]
+    for file_id, (first, length), step in walk.samples():
+        if step not in books.not_applied:
+            books.add(np.array([books.file_ids.index(file_id)]), np.array([first // length]), length)
+    assert all(audit.agrees for audit in audits(order, books).values())
+    assert sum(audit.booked for audit in audits(order, books).values()) == 5 * 4
+    left_out = [epoch for i in order.file_ids for epoch in epochs_of_file(order, books, i)]
+    assert sum(int((~epoch.is_applied).sum()) for epoch in left_out) == 2 * 4
+    assert set(np.concatenate([epoch.steps[~epoch.is_applied] for epoch in left_out]).tolist()) == {2, 6}
+    assert sum(int(trained_bitmap(order, books, i).sum()) for i in order.file_ids) == 5 * 4
+    books.not_applied = [2]
+    assert not all(audit.agrees for audit in audits(order, books).values())
+
+
+def test_a_bad_sample_that_is_drawn_twice_in_a_step_is_left_out_twice():
+    walk = Walk(begun([16], batch_sequences=8), lambda file_id, first_token: first_token == 8).steps(3)
+    books = walk.ledger()
+    assert len(books.quarantined) == 12 > len(set(books.quarantined)) == 3
+    assert all(audit.agrees for audit in audits(Order(walk.state), books).values())
+
+
 def test_the_bitmap_counts_no_further_than_255():
     walk = Walk(begun([16, 8])).steps(200)
     order = Order(walk.state)
@@ -147,7 +174,7 @@ def check_lived(lived: Lived, rng: np.random.Generator) -> None:
     now, truth, order = lived.state, lived.truth, Order(lived.state)
     found: list[tuple[int, str, int, int, int]] = []
     for file_id, source in truth.source_of.items():
-        epochs = list(epochs_of_file(order, file_id))
+        epochs = list(epochs_of_file(order, Ledger(order.file_ids), file_id))
         assert [epoch.epoch for epoch in epochs] == list(range(len(truth.sources[source].epochs)))
         for epoch, true in zip(epochs, truth.sources[source].epochs, strict=True):
             fates = collections.Counter(true.fate((file_id, group)) for group in range(now.num_groups(file_id)))

@@ -67,14 +67,14 @@ def test_books_that_move_to_another_order_keep_what_each_file_had(entries: Booke
 @given(samples)
 def test_books_survive_json(entries: Booked):
     books = booked(entries)
-    books.quarantined = [Quarantined("b", 2**40, 32, 7)]
+    books.quarantined, books.not_applied = [Quarantined("b", 2**40, 32, 7)], [3, 9]
     read = ledgers.from_json(json.loads(json.dumps(books.to_json())), NAMES)
     assert content(read) == content(books)
     assert (read.counts.dtype, read.digests.dtype) == (np.int64, np.uint64)
-    assert read.quarantined == books.quarantined
+    assert (read.quarantined, read.not_applied) == (books.quarantined, books.not_applied)
 
 
-GOOD = {"counts": [1, 0, 2], "digests": ["a", "0", "ff"], "quarantined": [["a", 0, 32, 1]]}
+GOOD = {"counts": [1, 0, 2], "digests": ["a", "0", "ff"], "quarantined": [["a", 0, 32, 1]], "not_applied": [4]}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ GOOD = {"counts": [1, 0, 2], "digests": ["a", "0", "ff"], "quarantined": [["a", 
         ({"digests": ["a", "0", "-1"]}, "damaged"),
         ({"quarantined": [["a", 0, 32]]}, "damaged"),
         ({"quarantined": 5}, "damaged"),
+        ({"not_applied": ["x"]}, "damaged"),
     ],
 )
 def test_damaged_books_are_refused(change: dict[str, Any], message: str):
@@ -101,7 +102,7 @@ def test_damaged_books_are_refused(change: dict[str, Any], message: str):
         ledgers.from_json({**GOOD, **change}, NAMES)
 
 
-@pytest.mark.parametrize("missing", ["counts", "digests", "quarantined"])
+@pytest.mark.parametrize("missing", ["counts", "digests", "quarantined", "not_applied"])
 def test_books_without_a_field_are_refused(missing: str):
     with pytest.raises(DataError, match=f"damaged.*{missing}"):
         ledgers.from_json({name: value for name, value in GOOD.items() if name != missing}, NAMES)
@@ -126,4 +127,4 @@ def test_samples_of_other_lengths_are_others_though_they_begin_at_the_same_token
 
 
 def test_nothing_booked_changes_nothing():
-    assert content(booked([])) == {"counts": [0, 0, 0], "digests": ["0" * 16] * 3, "quarantined": []}
+    assert content(booked([])) == {"counts": [0, 0, 0], "digests": ["0" * 16] * 3, "quarantined": [], "not_applied": []}

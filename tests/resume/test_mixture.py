@@ -13,6 +13,8 @@ from resume.mixture import (
     parse_weights,
     quotas_of,
 )
+from resume.order import Order
+from resume.state import append, start
 
 few_blocks = settings(max_examples=10)  # a block's table takes milliseconds
 weight = st.one_of(st.just(0.0), st.floats(1e-6, 1e3))
@@ -221,3 +223,42 @@ def test_limits_of_epochs_that_make_no_sense_are_refused(entries: list[str]):
 
 def test_weights_are_read_from_a_command_line():
     assert parse_weights("a=1 b=0,c=2e-3") == {"a": 1.0, "b": 0.0, "c": 0.002}
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=2, max_size=12), st.data())
+def test_sources_without_a_weight_change_no_quota_of_the_others(values: list[float], data: st.DataObject):
+    weights = {f"s{i:02}": value for i, value in enumerate(values)}
+    before = dict(zip(weights, quotas_of(weights, list(weights)).tolist(), strict=True))
+    more = data.draw(st.lists(st.sampled_from([f"s{i:02}x" for i in range(12)]), unique=True))
+    names = sorted([*weights, *more])
+    after = dict(zip(names, quotas_of(weights, names).tolist(), strict=True))
+    assert after == {name: before.get(name, 0) for name in names}
+
+
+def test_a_source_that_joins_among_many_leaves_the_past_as_it_was():
+    weights = "b=.2 c=.1 d=.12 e=.02 f=.15 g=.01 h=.12"
+    files = {name: [f"{i:032x}-{i:032x}-{4096 + 2 * 8_001}"] for i, name in enumerate("bcdefgh")}
+    common = {"seed": 1, "sequence_length": 8, "batch_sequences": 100, "tokenizer_digest": "t", "eos_id": 0}
+    state = start(files, mixture=[weights], **common).advance(100_000, 800_000)
+    past = np.arange(100_000)
+    before = Order(state)
+    grown = append(state, {"a": [f"{99:032x}-{99:032x}-{4096 + 2 * 8_001}"]}, {**parse_weights(weights), "a": 0.1})
+    after = Order(grown)
+    files_before, samples_before = before.resolve(past)
+    files_after, samples_after = after.resolve(past)
+    assert [before.file_ids[f] for f in files_before] == [after.file_ids[f] for f in files_after]
+    assert np.array_equal(samples_before, samples_after)
+
+
+def test_a_source_that_joins_keeps_its_share_under_the_weights_that_are_planned_for_later():
+    files = {name: [f"{i:032x}-{i:032x}-{4096 + 2 * 8_001}"] for i, name in enumerate(["web", "code"])}
+    common = {"seed": 1, "sequence_length": 8, "batch_sequences": 100, "tokenizer_digest": "t", "eos_id": 0}
+    state = start(files, mixture=["web=0.7 code=0.3", "80e3: web=0.4 code=0.6"], **common).advance(100, 800)
+    grown = append(
+        state, {"math": ["a" * 32 + "-" + "b" * 32 + f"-{4096 + 2 * 8_001}"]}, {"web": 5, "code": 3, "math": 2}
+    )
+    order = Order(grown)
+    order.extend(20_000)
+    assert order.shares_at(101)["math"] == pytest.approx(0.2, abs=1e-4)
+    later = order.shares_at(15_000)
+    assert [later[name] for name in ("web", "code", "math")] == pytest.approx([0.32, 0.48, 0.2], abs=1e-4)
