@@ -8,7 +8,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 GPUS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-step bench-loader picture gpu clean
+.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-step bench-loader bench-save picture gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -51,12 +51,16 @@ bench-step: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama;
 bench-loader: $(INSTALLED_DEV) ## Time reading, lookup and restart beside other projects' ways; results in benchmarks/results
 	$(RUN) -m benchmarks.loader $(ARGS)
 
+bench-save: $(INSTALLED_DEV) ## Time how long training waits for a checkpoint, beside torch's ways; results in benchmarks/results
+	$(RUN) -m benchmarks.save $(ARGS)
+
 picture: $(INSTALLED) ## Draw docs/data-order.png
 	$(RUN) docs/draw_data_order.py
 
-gpu: ## On a CUDA machine with torch and triton installed, without .venv: the GPU tests and the step benchmark
+gpu: ## On a CUDA machine with torch and triton installed, without .venv: the GPU tests, the step and the save benchmark
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/kernels tests/evaluation/test_engine.py tests/model/test_batch.py tests/train/test_gpu.py
 	PYTHONPATH=. $(PYTHON) -m benchmarks.step
+	PYTHONPATH=. $(PYTHON) -m benchmarks.save
 
 clean: ## Delete caches (not data/, runs/ or .venv)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,14 +27,18 @@ from model.config import ModelConfig
 from model.convert import hugging_face_config, to_hugging_face
 from model.flops import flops_per_token, mfu, num_params
 from model.init import initial_value
+from resume.saver import Saver
 from train import ranks
 from train.config import DataSection, RunConfig, with_values
+from train.faults import Faults
 from train.feed import Feed
+from train.guard import Guard
 from train.loop import Trainer, train_step
 from train.objectives import next_token_loss
 from train.optim import make_optimizer
 from train.sharding import build_model
 from train.signals import StopRequest
+from train.watch import Watch
 
 COMMAND = "python -m benchmarks.step"
 _LEARNING_RATE = 1e-3
@@ -63,7 +68,7 @@ def main() -> int:
     try:
         rows = _rows(config, this)
         # One batch again and again: a model that learns it falls fast, so that a row that trains otherwise shows.
-        batches = [_batch(config)] * (warm_up + blocks * steps_per_block)
+        batches = [random_batch(config)] * (warm_up + blocks * steps_per_block)
         for row in rows:
             _run(row, batches[:warm_up], this.device)
         for row in rows:
@@ -90,7 +95,8 @@ def _config(device: torch.device) -> RunConfig:
     return RunConfig(model=model, data=data)
 
 
-def _batch(config: RunConfig) -> Batch:
+def random_batch(config: RunConfig) -> Batch:
+    """A micro-batch of random tokens, on the CPU."""
     shape = (config.data.micro_batch_sequences, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape)
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, tokens[:, 1:].numel())
@@ -106,10 +112,10 @@ def _rows(config: RunConfig, this: ranks.Ranks) -> list[Row]:
     return rows
 
 
-def _ours(config: RunConfig, this: ranks.Ranks) -> Step:
-    """The step of the real loop."""
+def make_trainer(config: RunConfig, this: ranks.Ranks) -> Trainer:
+    """What the real loop's step needs, without data and without a run folder."""
     model = build_model(config.model, config.parallel, this, lambda name, shape: _value(config, name, shape))
-    trainer = Trainer(
+    return Trainer(
         config=config,
         ranks=this,
         model=model,
@@ -119,8 +125,17 @@ def _ours(config: RunConfig, this: ranks.Ranks) -> Step:
         validate=None,
         log=None,
         stop=StopRequest(),
+        saver=Saver(Path(config.run.dir)),
+        guard=Guard(config.guard),
+        watch=Watch(Path(config.run.dir), life="", rank=0, world_size=1, timeout_s=config.run.hang_timeout_s),
+        faults=Faults(Path(config.run.dir), (), rank=0),
     )
-    return lambda batch: train_step(trainer, [batch], _LEARNING_RATE).loss_mean
+
+
+def _ours(config: RunConfig, this: ranks.Ranks) -> Step:
+    """The step of the real loop."""
+    trainer = make_trainer(config, this)
+    return lambda batch: train_step(trainer, [batch], batch.num_targets, _LEARNING_RATE, 1).loss_mean
 
 
 def _theirs(config: RunConfig, device: torch.device, compiled: bool) -> Step:

@@ -13,7 +13,7 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.convert import read_hugging_face
 from model.transformer import Transformer
-from resume.checkpoint import latest, read_record, read_tensors
+from resume.checkpoint import latest, open_checkpoint
 
 
 class ModelFolderError(ValueError):
@@ -95,16 +95,17 @@ def read_model(path: str | Path) -> StoredModel:
 
 def _read_checkpoint(folder: Path) -> StoredModel:
     """The tokenizer is the run's, one folder up."""
+    stored = open_checkpoint(folder)  # before the config is believed
     try:
         table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{folder / 'config.toml'}: unreadable: {error}") from error
     config = from_table(table.get("model", {}), ModelConfig, "model")
-    state = read_tensors(folder, "model.")
+    state = stored.read_tensors("model.")
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     # Data may have been prepared with another end-of-document token than the tokenizer's usual one.
-    eos_id = read_record(folder).get("data", {}).get("eos_id")
+    eos_id = stored.record.get("data", {}).get("eos_id")
     tokenizer = load_tokenizer(folder.absolute().parent, eos_id=eos_id)
     return StoredModel(config, state, tokenizer, folder)
 

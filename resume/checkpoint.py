@@ -3,35 +3,42 @@
     step-1200/
       rank-00000.safetensors ...   each rank's part of every tensor (of replicas, the first one's)
       config.toml                  the resolved config of the run
-      record.json                  step, data state, generators, versions; which file holds which box of which tensor;
-                                   size and xxh3_128 of every file above, xxh3_128 of itself
+      record.json                  step, loss, data state, guard, generators, versions; which file holds which box of
+                                   which tensor; size and xxh3_128 of every file above, xxh3_128 of itself
 
-Writing goes into `step-1200.tmp`, is flushed to disk, and is published by one rename. The newest checkpoint is the one
-with the highest number; there is no pointer file to go stale. Several nodes share the run folder.
+They are published by one rename (resume/saver.py). The newest is the one with the highest number: there is no pointer
+file to go stale. One that is damaged is renamed to `step-1200.bad`, with the reason said, and the one before it is
+taken. Several nodes share the run folder. Nothing that a record says is believed before it is checked: a checkpoint
+may come from somebody else.
 """
 
+import dataclasses
+import itertools
 import json
 import math
 import os
-import platform
 import re
-import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep import publish
-from resume.regions import Region, is_first_replica, local_part, local_region
+from resume import tensor_file
+from resume.regions import Region, local_part, local_region
 
-FORMAT = 1
-_RECORD = "record.json"
+FORMAT = 2
+RECORD = "record.json"
+CONFIG = "config.toml"
+_MAX_RECORD_BYTES = 1 << 30
+_FILE = re.compile(r"rank-[0-9]{5}\.safetensors|config\.toml")
+_DTYPES = {str(dtype).split(".")[1]: dtype for dtype in tensor_file.DTYPES}
 _REMEDY = "restore the file, or move its folder away to resume from an older step"
 
 
@@ -39,15 +46,87 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
 class SaveError(CheckpointError):
     """A checkpoint could not be written, on this rank or on another; the older ones are untouched."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor, and the file that holds it."""
+
+    file: str
+    region: Region
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A whole tensor as it stands in a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Piece]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose files are what its record says."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    def load_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills every tensor, sharded or not; written by any number of ranks, read by any number.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes that differ from the checkpoint's.
+        """
+        self._refuse_others(tensors)
+        with _Files(self.folder) as files, torch.no_grad():
+            for name, tensor in tensors.items():
+                part, region = local_part(tensor), local_region(tensor)
+                for common, value in files.read(name, self.tensors[name], region):
+                    part[common.relative_to(region.offset).slices()] = value.to(part.device)
+
+    def read_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Whole CPU tensors: those whose names start with `prefix`, which is stripped."""
+        whole: dict[str, Tensor] = {}
+        with _Files(self.folder) as files:
+            for name, stored in self.tensors.items():
+                if name.startswith(prefix):
+                    # Read before memory is taken: the file must hold as much as the record says.
+                    parts = files.read(name, stored, Region((0,) * len(stored.shape), stored.shape))
+                    value = torch.empty(stored.shape, dtype=stored.dtype)
+                    for common, part in parts:
+                        value[common.slices()] = part
+                    whole[name.removeprefix(prefix)] = value
+        return whole
+
+    def _refuse_others(self, tensors: Mapping[str, Tensor]) -> None:
+        missing, extra = sorted(set(tensors) - set(self.tensors)), sorted(set(self.tensors) - set(tensors))
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.folder}: lacks tensors {missing[:5]}, has unknown ones {extra[:5]}: another model?"
+            )
+        for name, tensor in tensors.items():
+            stored = self.tensors[name]
+            if (stored.shape, stored.dtype) != (tuple(tensor.shape), tensor.dtype):
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {stored.shape} {stored.dtype}, this run has {tuple(tensor.shape)} "
+                    f"{tensor.dtype}; resume with the model and the precision that it was trained with"
+                )
 
 
 def steps(run: Path) -> list[int]:
     """The steps with a published checkpoint, in numeric order."""
     if not run.is_dir():
         return []
-    return sorted(int(match[1]) for path in run.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name)))
+    matches = [re.fullmatch(r"step-(0|[1-9][0-9]*)", path.name) for path in run.iterdir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def latest(run: Path) -> Path | None:
@@ -56,253 +135,258 @@ def latest(run: Path) -> Path | None:
     return run / f"step-{published[-1]}" if published else None
 
 
-def save(
-    run: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], config_toml: str, keep: int
-) -> Path:
-    """Publishes a checkpoint of `tensors` and deletes all but the newest `keep`. Every rank calls it.
+def newest_valid(run: Path, note: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None for a run that has not saved yet. Every rank calls it.
+
+    Damaged ones are renamed to `step-N.bad`, so that their numbers are free again; `note` hears why.
 
     Raises:
-        SaveError: any rank could not write; no rank publishes then, and older checkpoints are untouched.
+        CheckpointError: there were checkpoints, but none that is good; or one of another version.
     """
-    final, aside = run / f"step-{step}", run / f"step-{step}.tmp"
-    rank = _rank()
-    _together(lambda: _prepare_folder(aside) if rank == 0 else None, SaveError, f"cannot prepare {aside}")
-    _together(lambda: _write_part(aside, rank, tensors), SaveError, f"cannot write {aside}")
-    _together(
-        lambda: _publish(aside, final, step, record, config_toml, keep) if rank == 0 else None,
-        SaveError,
-        f"cannot publish {final}",
-    )
-    return final
+    reasons: list[str] = []
+    while True:
+        folder = _from_first(lambda: latest(run))
+        if folder is None:
+            break
+        try:
+            return open_checkpoint(folder)
+        except DamagedError as error:
+            reasons.append(str(error))
+            moved = _from_first(lambda folder=folder: _set_aside(folder))
+            note(f"checkpoint {folder.name} REJECTED: {error}. Moved to {moved.name}; trying the previous one")
+    bad = _from_first(lambda: sorted(path.name for path in run.glob("step-*.bad*")) if run.is_dir() else [])
+    if bad:
+        raise CheckpointError(
+            f"{run}: no good checkpoint is left, only {', '.join(bad)}"
+            + (f" ({reasons[0]})" if reasons else "")
+            + "; restore one of them under its old name from a copy, or begin again with another --run.dir"
+        )
+    return None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Checks every file of a checkpoint, the ranks of a run sharing the work, and opens it.
+
+    Raises:
+        DamagedError: on every rank, if a file is missing or is not what the record says.
+        CheckpointError: a checkpoint of another version.
+    """
+    opened: list[Checkpoint] = []
+
+    def check() -> None:
+        record = read_record(folder)
+        _verify(folder, record["files"], share=(_rank(), _world_size()))
+        opened.append(Checkpoint(folder, record, _stored_tensors(folder, record)))
+
+    together(check, DamagedError, f"{folder}")
+    return opened[0]
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a checkpoint against its record, in this process alone.
+
+    Raises:
+        CheckpointError: names the first that is missing or damaged.
+    """
+    record = read_record(folder)
+    _verify(folder, record["files"])
+    _stored_tensors(folder, record)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
-        CheckpointError: not a checkpoint, or one of another format.
+        DamagedError: not a checkpoint, or one whose record was changed.
+        CheckpointError: one of another format.
     """
-    path = folder / _RECORD
+    path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {_RECORD}, so not a checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); {_REMEDY}") from error
-    if not isinstance(record, dict) or record.pop("xxh3_128", None) != _hash_of(record):
-        raise CheckpointError(f"{path}: damaged, its hash does not match; {_REMEDY}")
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {record['format']!r}, this version reads {FORMAT}")
+        with _open_plain(path) as file:
+            if path.stat().st_size > _MAX_RECORD_BYTES:
+                raise DamagedError(f"{path}: damaged, larger than any record; {_REMEDY}")
+            content = file.read()
+        record = json.loads(content)
+        # Byte for byte: 1e-05 and 1E-05 are one bit apart and have one hash, and of keys that are double one is hidden.
+        is_ours = json.dumps(record).encode() == content
+        is_whole = is_ours and isinstance(record, dict) and record.pop("xxh3_128", None) == hash_of(record)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{folder}: no {RECORD}, so not a checkpoint") from error
+    except DamagedError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: unreadable ({error}); {_REMEDY}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    if not is_whole:
+        raise DamagedError(f"{path}: damaged, its hash does not match; {_REMEDY}")
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {record.get('format')!r}, this version reads {FORMAT}")
+    if not isinstance(record.get("files"), dict) or not _is_size(record.get("step")):
+        raise DamagedError(f"{path}: damaged, it names no files or no step; {_REMEDY}")
     return record
 
 
-def verify(folder: Path) -> None:
-    """Checks every file of a checkpoint against its record.
-
-    Raises:
-        CheckpointError: names the first that is missing or damaged.
-    """
-    _verify(folder, read_record(folder)["files"])
+def hash_of(record: Mapping[str, Any]) -> str:
+    """The hash that a record carries of its own content."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
-def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fills every tensor, sharded or not, from a checkpoint written by any number of ranks; returns the record.
+def together(
+    action: Callable[[], None],
+    error_type: type[CheckpointError],
+    what: str,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Runs a stage on every rank and waits for all; if one fails, all raise its error instead of waiting for ever."""
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:  # whatever it is: the other ranks must hear of it
+        error = caught
+    mine = None if error is None else (type(error).__name__, _describe_error(error, what))
+    found: list[Any] = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, mine, group)
+    failures = [(rank, *failure) for rank, failure in enumerate(found) if failure is not None]
+    if not failures:
+        return
+    rank, kind, message = failures[0]
+    raised = {known.__name__: known for known in (CheckpointError, DamagedError, SaveError)}.get(kind, error_type)
+    # Of the same type everywhere: of a damaged one all go back to the one before, of another error none does.
+    if type(error) is raised:
+        raise error
+    raise raised(message if len(found) == 1 else f"{message} (rank {rank})") from error
 
-    Raises:
-        CheckpointError: a damaged file, or names, shapes or dtypes that differ from the checkpoint's.
-    """
-    record = read_record(folder)
-    _together(lambda: _verify(folder, record["files"]), CheckpointError, f"{folder}")
-    layout = record["tensors"]
-    _compare(folder, layout, tensors)
-    with _Files(folder) as files, torch.no_grad():
-        for name, tensor in tensors.items():
-            part, region = local_part(tensor), local_region(tensor)
-            pieces = [(p["file"], Region(tuple(p["offset"]), tuple(p["shape"]))) for p in layout[name]["pieces"]]
-            _check_cover(folder, name, region, [held for _, held in pieces])
-            for file, held in pieces:
-                common = region.intersection(held)
-                if not common.is_empty:
-                    source = files.read(file, name, common.relative_to(held.offset))
-                    part[common.relative_to(region.offset).slices()] = source.to(part.device)
-    return record
 
-
-def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Whole CPU tensors of one process: those whose names start with `prefix`, which is stripped.
-
-    Raises:
-        CheckpointError: see `load_into`.
-    """
-    record = read_record(folder)
-    _verify(folder, record["files"])
-    whole: dict[str, Tensor] = {}
-    with _Files(folder) as files:
-        for name, entry in record["tensors"].items():
-            if name.startswith(prefix):
-                value = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-                pieces = [Region(tuple(piece["offset"]), tuple(piece["shape"])) for piece in entry["pieces"]]
-                _check_cover(folder, name, Region((0,) * value.ndim, tuple(value.shape)), pieces)
-                for piece, region in zip(entry["pieces"], pieces, strict=True):
-                    value[region.slices()] = files.read(piece["file"], name, region.relative_to(region.offset))
-                whole[name.removeprefix(prefix)] = value
-    return whole
+def _describe_error(error: Exception, what: str) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{what}: {error}"
 
 
 class _Files:
     """Open safetensors files of one checkpoint, each opened once."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.open: dict[str, Any] = {}
+        self._folder = folder
+        self._open: dict[str, Any] = {}
 
     def __enter__(self) -> "_Files":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.open.clear()
+        self._open.clear()
 
-    def read(self, file: str, name: str, region: Region) -> Tensor:
+    def read(self, name: str, stored: StoredTensor, region: Region) -> list[tuple[Region, Tensor]]:
+        """The parts of a tensor that make up a box of it."""
+        boxes = [(piece, region.intersection(piece.region)) for piece in stored.pieces]
+        boxes = [(piece, common) for piece, common in boxes if not common.is_empty]
+        overlap = any(not a.intersection(b).is_empty for (_, a), (_, b) in itertools.combinations(boxes, 2))
+        if overlap or sum(math.prod(common.shape) for _, common in boxes) != math.prod(region.shape):
+            raise DamagedError(f"{self._folder}: the pieces of {name} do not cover it; {_REMEDY}")
+        return [(common, self._read(name, stored.dtype, piece, common)) for piece, common in boxes]
+
+    def _read(self, name: str, dtype: torch.dtype, piece: Piece, common: Region) -> Tensor:
+        path = self._folder / piece.file
         try:
-            if file not in self.open:
-                self.open[file] = safe_open(str(self.folder / file), framework="pt", device="cpu")
-            if not region.shape:
-                return self.open[file].get_tensor(name)
-            return self.open[file].get_slice(name)[region.slices()]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file}: cannot read {name}: {error}") from error
+            if piece.file not in self._open:
+                self._open[piece.file] = safe_open(str(path), framework="pt", device="cpu")
+            held = self._open[piece.file].get_slice(name)
+            if tuple(held.get_shape()) != piece.region.shape:
+                raise DamagedError(f"{path}: {name} is {held.get_shape()}, the record has {piece.region.shape}")
+            box = common.relative_to(piece.region.offset).slices()
+            value = held[box] if box else self._open[piece.file].get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch knows not all of its dtypes
+            raise DamagedError(f"{path}: cannot read {name}: {error}") from error
+        if value.dtype != dtype:
+            raise DamagedError(f"{path}: {name} is {value.dtype}, the record has {dtype}")
+        return value
 
 
-def _prepare_folder(aside: Path) -> None:
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in aside.parent.iterdir():  # of a save that was killed, at this step or another
-        if re.fullmatch(r"step-\d+\.(tmp|del)", leftover.name):
-            shutil.rmtree(leftover)
-    aside.mkdir()
+def _stored_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The layout of a record, refused unless every part of it makes sense."""
+    try:
+        if not all(name.isprintable() for name in record["tensors"]):
+            raise ValueError("names that cannot be printed")
+        return {name: _stored_tensor(entry, record["files"]) for name, entry in record["tensors"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{folder / RECORD}: damaged, its tensors make no sense ({error!r}); {_REMEDY}") from error
 
 
-def _write_part(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    """Writes this rank's boxes and, beside them, what they are; rank 0 gathers that into the record."""
-    file = f"rank-{rank:05d}.safetensors"
-    parts: dict[str, Tensor] = {}
-    pieces: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        region = local_region(tensor)
-        if not region.is_empty and is_first_replica(tensor, rank):
-            parts[name] = local_part(tensor).detach().to("cpu").contiguous()
-            pieces[name] = {"file": file, "offset": region.offset, "shape": region.shape}
-    if parts:
-        save_file(parts, aside / file)
-    entry = {"pieces": pieces, "files": {file: _describe(aside / file)} if parts else {}}
-    _write_text(aside / f"rank-{rank:05d}.json", json.dumps(entry))
-    if rank == 0:
-        layout = {name: {"shape": list(t.shape), "dtype": str(t.dtype).split(".")[1]} for name, t in tensors.items()}
-        _write_text(aside / "layout.json", json.dumps(layout))
+def _stored_tensor(entry: Mapping[str, Any], files: Mapping[str, Any]) -> StoredTensor:
+    shape, pieces = _sizes(entry["shape"]), []
+    if len(entry["pieces"]) > len(files):  # a file holds one piece of a tensor
+        raise ValueError("more pieces than files")
+    for piece in entry["pieces"]:
+        region = Region(_sizes(piece["offset"]), _sizes(piece["shape"]))
+        inside = zip(region.offset, region.shape, shape, strict=True)
+        if piece["file"] not in files or any(first + size > whole for first, size, whole in inside):
+            raise ValueError(f"piece {piece}")
+        pieces.append(Piece(piece["file"], region))
+    if len({piece.file for piece in pieces}) < len(pieces) or math.prod(size or 1 for size in shape) >= 2**60:
+        raise ValueError("a file twice, or more elements than can be")
+    return StoredTensor(shape, _DTYPES[entry["dtype"]], pieces)
 
 
-def _publish(aside: Path, final: Path, step: int, record: Mapping[str, Any], config_toml: str, keep: int) -> None:
-    layout = json.loads((aside / "layout.json").read_text())
-    files: dict[str, Any] = {}
-    for name in layout:
-        layout[name]["pieces"] = []
-    for rank in range(_world_size()):
-        part = aside / f"rank-{rank:05d}.json"
-        entry = json.loads(part.read_text())
-        files |= entry["files"]
-        for name, piece in entry["pieces"].items():
-            layout[name]["pieces"].append(piece)
-        part.unlink()
-    (aside / "layout.json").unlink()
-    _write_text(aside / "config.toml", config_toml)
-    files["config.toml"] = _describe(aside / "config.toml")
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    whole = {"format": FORMAT, "step": step, "world_size": _world_size(), "versions": versions, **record}
-    whole |= {"files": files, "tensors": layout}
-    # Hashed as well: the cursor stands in here, and a flipped digit would be another place in the data.
-    _write_text(aside / _RECORD, json.dumps({"xxh3_128": _hash_of(whole), **whole}))
-    publish.sync_folder(aside)
-    if final.exists():
-        raise SaveError(f"{final} is already there: another run writes into the same folder; stop one of the two")
-    publish.publish(aside, final)
-    for old in steps(final.parent)[:-keep]:
-        _delete(final.parent / f"step-{old}")
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(_is_size(value) for value in values):
+        raise ValueError(f"{values!r} are not sizes")
+    return tuple(values)
 
 
-def _delete(folder: Path) -> None:
-    # Renamed first: a kill in the middle of the deletion must not leave half a folder under a valid name.
-    doomed = folder.with_name(folder.name + ".del")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _verify(folder: Path, files: Mapping[str, Any]) -> None:
-    """Checks sizes and hashes; the ranks share the files among them."""
-    for file in sorted(files)[_rank() :: _world_size()]:
+def _verify(folder: Path, files: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
+    """Checks the sizes and hashes of this rank's share of the files, and the names of all of them."""
+    for file in [*files, CONFIG]:
+        if not _FILE.fullmatch(file) or (os.path.lexists(folder / file) and not _is_plain(folder / file)):
+            raise DamagedError(f"{folder}: record names {file!r}, which is not a file of a checkpoint; {_REMEDY}")
+    rank, world_size = share
+    for file in sorted(files)[rank::world_size]:
         path, expected = folder / file, files[file]
-        if Path(file).name != file or path.is_symlink():
-            raise CheckpointError(f"{folder}: record names {file!r}, which is not a file of this folder")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {_REMEDY}")
-        if (found := _describe(path)) != expected:
-            raise CheckpointError(f"{path}: {found}, the record has {expected}. The file is damaged; {_REMEDY}")
+        if not path.exists():
+            raise DamagedError(f"{path}: missing; {_REMEDY}")
+        if (found := _described(path)) != expected:
+            raise DamagedError(f"{path}: {found}, the record has {expected}. The file is damaged; {_REMEDY}")
 
 
-def _check_cover(folder: Path, name: str, region: Region, pieces: list[Region]) -> None:
-    covered = sum(math.prod(region.intersection(piece).shape) for piece in pieces)
-    if covered != math.prod(region.shape):
-        raise CheckpointError(f"{folder}: the pieces of {name} do not cover it; {_REMEDY}")
+def _is_plain(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
 
 
-def _compare(folder: Path, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
-    if missing or extra:
-        raise CheckpointError(f"{folder}: lacks tensors {missing[:5]}, has unknown ones {extra[:5]}: another model?")
-    for name, tensor in tensors.items():
-        found = (tuple(stored[name]["shape"]), stored[name]["dtype"])
-        wanted = (tuple(tensor.shape), str(tensor.dtype).split(".")[1])
-        if found != wanted:
-            raise CheckpointError(
-                f"{folder}: {name} is {found}, this run has {wanted}; resume with the model and the precision "
-                "(fp64, or not) that it was trained with"
-            )
+def _open_plain(path: Path) -> BinaryIO:
+    """Opens a file, but no link, which may lead anywhere, and no pipe, which may keep one waiting for ever."""
+    if not _is_plain(path):
+        raise DamagedError(f"{path}: damaged, not a plain file; {_REMEDY}")
+    return path.open("rb", buffering=0)
 
 
-def _hash_of(record: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+def _described(path: Path) -> dict[str, Any]:
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    with _open_plain(path) as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
-        os.fsync(file.fileno())
-    return {"size_bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+            size_bytes += len(chunk)
+    return {"size_bytes": size_bytes, "xxh3_128": digest.hexdigest()}
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that its step can be saved again, and nothing is lost."""
+    names = (f"{folder.name}.bad" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    free = next(path for name in names if not os.path.lexists(path := folder.with_name(name)))
+    publish.publish(folder, free)
+    return free
 
 
-def _together(action: Callable[[], None], error_type: type[CheckpointError], what: str) -> None:
-    """Runs a stage on every rank and waits for all; if one fails, all raise instead of waiting for it for ever."""
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as caught:  # whatever it is: the other ranks must hear of it
-        error = caught
-    failed = torch.tensor([int(error is not None)])
+def _from_first(action: Callable[[], Any]) -> Any:
+    """What an action returns on the first rank, the only one to do it: others may see a shared folder late."""
+    result: list[Any] = [None]
+    together(lambda: result.__setitem__(0, action() if _rank() == 0 else None), CheckpointError, "run folder")
     if dist.is_initialized():
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if isinstance(error, CheckpointError):
-        raise error
-    if error is not None:
-        raise error_type(f"{what}: {error}") from error
-    if failed.item():
-        raise error_type(f"{what}: another rank failed; see its message")
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def _rank() -> int:

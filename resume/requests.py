@@ -23,7 +23,8 @@ FOLDER = "requests"
 
 Request = Mapping[str, Any]
 """{"kind": "append", "files": {source: {file_id: path}}, "weights": {...} | None},
-{"kind": "remove", "file_ids": [...]}, {"kind": "skip", "num_steps": n, "for_good": bool}, {"kind": "requeue"},
+{"kind": "remove", "file_ids": [...]}, {"kind": "skip", "num_steps": n, "for_good": bool} (of a rollback also "because":
+text), {"kind": "requeue"},
 {"kind": "reweight", "weights": {...}, "from_tokens": n | None}; of a file that holds none of these,
 {"kind": "unreadable", "why": ...}"""
 
@@ -110,7 +111,8 @@ def describe(request: Request) -> str:
         case "remove":
             return f"removal of {len(request['file_ids']):,} files"
         case "skip":
-            return f"skip of {request['num_steps']:,} steps" + (" for good" if request["for_good"] else "")
+            for_good = " for good" if request["for_good"] else ""
+            return f"skip of {request['num_steps']:,} steps{for_good}{_because(request)}"
         case "reweight":
             when = f" from {request['from_tokens']:,} tokens on" if request["from_tokens"] is not None else ""
             return f"weights {_shown(request['weights'])}{when}"
@@ -118,6 +120,11 @@ def describe(request: Request) -> str:
             return "return of what was skipped"
         case kind:
             return str(kind)
+
+
+def num_rollbacks(run: Path) -> int:
+    """How often the run went back to a checkpoint by itself."""
+    return sum("because" in request for _, request in pending(run, 0))
 
 
 def _is_request(request: Any) -> bool:
@@ -137,6 +144,11 @@ def _is_request(request: Any) -> bool:
         case {"kind": "reweight", "weights": weights, "from_tokens": int() | None}:
             return _are_weights(weights)
     return False
+
+
+def _because(request: Request) -> str:
+    """Why the run itself made a request; nothing if a person did."""
+    return f" ({request['because']})" if "because" in request else ""
 
 
 def _are_file_ids(values: Sequence[Any]) -> bool:

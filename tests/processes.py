@@ -1,5 +1,6 @@
 """Runs a function on several ranks as real processes that talk over gloo."""
 
+import gc
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, tim
 
 def _child(function: Callable[[int], Any], rank: int, world_size: int, port: int, folder: Path) -> None:
     code = 1
+    gc.freeze()  # what the parent left behind is not for the child to collect: a group's end waits for its threads
     try:
         torch.set_num_threads(1)
         os.environ.update(

@@ -1,10 +1,17 @@
 """Tiny training runs on prepared test data."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from train import ranks
+from train.assemble import open_data, open_run
 from train.config import RunConfig, with_values
+from train.loop import Progress, Trainer
+from train.signals import StopRequest
+from train.watch import Watch
 
 TINY = ModelConfig(vocab_size=300, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_size=6, ffn_size=40)
 
@@ -25,3 +32,16 @@ def tiny_run(data_folder: Path, run_folder: Path, **sections: dict[str, Any]) ->
         parallel={"device": "cpu"},
     )
     return with_values(base, **sections)
+
+
+@contextlib.contextmanager
+def opened(config: RunConfig) -> Iterator[tuple[Trainer, Progress]]:
+    """A run as the loop gets it, in this process alone."""
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    this = ranks.start("cpu")
+    watch = Watch(Path(config.run.dir), life="test", rank=0, world_size=1, timeout_s=config.run.hang_timeout_s)
+    try:
+        with open_run(config, open_data(config), this, watch, StopRequest()) as (trainer, progress):
+            yield trainer, progress
+    finally:
+        ranks.stop()

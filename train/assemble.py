@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,26 +15,32 @@ from data_prep.config_file import ConfigError, keys, load, to_toml
 from data_prep.manifest import Manifest, merged, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from evaluation.score import Score, padded_token_bytes, score, shard_batches
+from model.batch import TokenRows
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
 from resume import checkpoint, rng, state
 from resume import ledger as ledgers
+from resume.checkpoint import Checkpoint
 from resume.ledger import Ledger
 from resume.manifest import DataError, DataFile, listed_files, refuse_other_tokenizers
 from resume.order import Order
 from resume.samples import SampleReader
+from resume.saver import Saver, refuse_full_disk
 from resume.verify import check_files
 from train import loop, plan
 from train.config import RunConfig, refuse_changes, value_of
+from train.faults import Faults
 from train.feed import Feed, drop_samples_after, fresh_state
+from train.guard import Guard
 from train.loop import Progress, Trainer
 from train.metrics import RunLog
 from train.objectives import next_token_loss
-from train.optim import make_optimizer
+from train.optim import make_optimizer, state_tensors
 from train.ranks import Ranks
 from train.sharding import WholeValue, build_model
 from train.signals import StopRequest
+from train.watch import Watch
 
 # Keys that may differ from machine to machine: where things lie.
 _LOCAL = ("run.dir", "data.paths", "data.search")
@@ -76,18 +82,31 @@ def open_data(config: RunConfig, show_progress: bool = False) -> Data:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trainer, Progress]]:
-    """A trainer at the run's newest checkpoint, or at its beginning; closes files and threads at the end.
+def open_run(
+    config: RunConfig, data: Data, ranks: Ranks, watch: Watch, stop: StopRequest
+) -> Iterator[tuple[Trainer, Progress]]:
+    """A trainer at the run's newest good checkpoint, or at its beginning; closes files and threads at the end.
 
     Raises:
-        ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or is damaged.
+        ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or none is good.
+        SaveError: the disk has no room for the checkpoints to come.
     """
-    run, folder = Path(config.run.dir), checkpoint.latest(Path(config.run.dir))
-    progress, ledger = _progress(folder, config, data)
+    watch.at("start", watch.step)
+    run, rejected = Path(config.run.dir), []
+    newest = checkpoint.newest_valid(run, rejected.append)
+    progress, ledger = _progress(newest, config, data)
     if ranks.is_first:
         drop_samples_after(run, progress.step)
     _refuse_disagreement(config, progress, ranks)
-    model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=folder is not None))
+    model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=newest is not None))
+    faults = Faults(run, config.debug.inject, ranks.rank)
+    saver = Saver(
+        run,
+        keep_last=config.run.keep_checkpoints,
+        keep_every=config.run.keep_every,
+        in_background=config.run.async_save,
+        before_write=faults.before_write,
+    )
     with contextlib.ExitStack() as cleanup:
         feed = Feed(config, ranks, progress.data, ledger, data.training, data.validation)
         cleanup.callback(feed.close)
@@ -96,29 +115,37 @@ def open_run(config: RunConfig, data: Data, ranks: Ranks) -> Iterator[tuple[Trai
             config=config,
             ranks=ranks,
             model=model,
-            optimizer=make_optimizer(model, config.optim),
+            optimizer=make_optimizer(model, config.optim, exact=config.parallel.precision == "exact"),
             feed=feed,
             objective=next_token_loss,
-            validate=_validation(config, data, model, ranks, cleanup),
+            validate=_validation(config, data, model, ranks, watch, cleanup),
             log=None,
-            stop=cleanup.enter_context(StopRequest()),
+            stop=stop,
+            saver=saver,
+            guard=Guard(config.guard, newest.record["guard"] if newest is not None else None),
+            watch=watch,
+            faults=faults,
         )
-        if folder is not None:
-            loop.load(trainer, folder)
+        tensors = state_tensors(trainer.model, trainer.optimizer)
+        if newest is not None:
+            newest.load_into(tensors)
+        _refuse_full_disk(config, tensors, ranks)
         if ranks.is_first:
             trainer.log = _open_log(config, data, progress, ranks.world_size)
             cleanup.callback(trainer.log.close)
+            for text in rejected:
+                trainer.log.note(text)
         feed.open()
         loop.log_notes(trainer)
         yield trainer, progress
 
 
-def _progress(folder: Path | None, config: RunConfig, data: Data) -> tuple[Progress, Ledger | None]:
+def _progress(newest: Checkpoint | None, config: RunConfig, data: Data) -> tuple[Progress, Ledger | None]:
     """Where the run stands, and its books."""
-    if folder is None:
+    if newest is None:
         return Progress(0, fresh_state(config, data.manifest, data.training)), None
+    folder, record = newest.folder, newest.record
     refuse_changes(config, load(folder / "config.toml", RunConfig))
-    record = checkpoint.read_record(folder)
     generators = rng.record(config.run.seed)
     if record["rng"] != generators:
         raise ConfigError(f"{folder} draws random numbers as {record['rng']}, this run as {generators}")
@@ -136,6 +163,15 @@ def _progress(folder: Path | None, config: RunConfig, data: Data) -> tuple[Progr
     if (length, batch) != (continued.sequence_length, continued.batch.batch_sequences):
         continued = state.set_batch(continued, batch, length)
     return Progress(record["step"], continued), ledger
+
+
+def _refuse_full_disk(config: RunConfig, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Refuses to begin a run whose disk is too small: found in the middle of the night, it costs more."""
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    run, run_steps = Path(config.run.dir), config.run.num_steps // config.run.save_every + 1
+    # One more than are kept, because the oldest is deleted after the newest is there.
+    count = min(config.run.keep_checkpoints + 1, run_steps) - len(checkpoint.steps(run))
+    ranks.from_first(lambda: refuse_full_disk(run, size_bytes, count) if count > 0 else None)
 
 
 def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
@@ -169,7 +205,7 @@ def _refuse_disagreement(config: RunConfig, progress: Progress, ranks: Ranks) ->
 
 
 def _validation(
-    config: RunConfig, data: Data, model: Transformer, ranks: Ranks, cleanup: contextlib.ExitStack
+    config: RunConfig, data: Data, model: Transformer, ranks: Ranks, watch: Watch, cleanup: contextlib.ExitStack
 ) -> Callable[[], Score] | None:
     if not data.validation:
         return None
@@ -193,9 +229,15 @@ def _validation(
             world_size=ranks.world_size,
         )
         bar = tqdm(batches, desc="validate", unit="batch", leave=False, disable=None if ranks.is_first else True)
-        return score(model, bar, token_bytes, ranks.device)
+        return score(model, _ticking(bar, watch), token_bytes, ranks.device)
 
     return validate
+
+
+def _ticking(batches: Iterable[TokenRows], watch: Watch) -> Iterator[TokenRows]:
+    for batch in batches:
+        watch.tick()
+        yield batch
 
 
 def _open_log(config: RunConfig, data: Data, progress: Progress, world_size: int) -> RunLog:

@@ -17,10 +17,13 @@ CHANGEABLE_ON_RESUME = (
     "run.num_steps",
     "run.save_every",
     "run.keep_checkpoints",
+    "run.keep_every",
+    "run.async_save",
+    "run.max_failed_saves",
     "run.validate_every",
-    "run.max_nonfinite_steps",
     "run.init_from",
     "run.allow_changes",
+    "run.hang_timeout_s",
     "data.paths",
     "data.search",
     "data.micro_batch_sequences",
@@ -34,6 +37,13 @@ CHANGEABLE_ON_RESUME = (
     "parallel.reshard_after_forward",
     "parallel.compile",
     "parallel.recompute_blocks",
+    "guard.on_nonfinite",
+    "guard.on_spike",
+    "guard.sigma",
+    "guard.window_steps",
+    "guard.max_in_a_row",
+    "guard.max_rollbacks",
+    "debug.inject",
 )
 
 
@@ -65,8 +75,14 @@ class RunSection:
     """Newest checkpoints to keep; older ones are deleted after a newer one is published."""
     validate_every: int = 500
     """Steps between validations; there is always one before the first step and one after the last."""
-    max_nonfinite_steps: int = 5
-    """Consecutive steps with a NaN or infinite loss or gradient that are skipped before the run stops."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are never deleted. Default: none is kept for ever."""
+    async_save: bool = True
+    """Whether checkpoints are written beside the training, from a copy in (pinned) memory of the host."""
+    max_failed_saves: int = 3
+    """Saves in a row that may fail, on a full disk for instance, before the run stops."""
+    hang_timeout_s: float = 600.0
+    """Seconds without progress, in a life that has made a step, after which the run ends and names the rank."""
     init_from: str | None = None
     """Hugging Face folder whose weights a new run starts from instead of random ones."""
     allow_changes: tuple[str, ...] = ()
@@ -145,8 +161,9 @@ class ParallelSection:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where it is available."""
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """bf16 computes in bf16 with fp32 master weights, moments and gradient sums; auto: bf16 on CUDA, fp32 on CPU."""
+    precision: Literal["auto", "bf16", "fp32", "exact", "fp64"] = "auto"
+    """bf16 computes in bf16 with fp32 master weights, moments and gradient sums; auto: bf16 on CUDA, fp32 on CPU. exact
+    computes in fp32 and sums gradients in fp64: the same bits on any number of devices."""
     replicas: int = 1
     """Copies of the sharded model (HSDP): set it to the number of nodes to shard inside a node only."""
     reshard_after_forward: bool = False
@@ -158,6 +175,34 @@ class ParallelSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuardSection:
+    """Steps that are not applied. skip: leave the step out, its data is passed over; rollback: load the newest
+    checkpoint and skip the data from there to here; stop: end with code 70."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """What to do with a NaN or infinite loss or gradient."""
+    on_spike: Literal["off", "note", "skip", "rollback", "stop"] = "note"
+    """What to do with a loss or gradient norm above mean + sigma deviations of the last steps; note: log it."""
+    sigma: float = 6.0
+    """Deviations above the mean that make a spike."""
+    window_steps: int = 128
+    """Applied steps whose mean and deviation count; before there are as many, nothing is a spike."""
+    max_in_a_row: int = 5
+    """Steps in a row that are skipped before the run rolls back."""
+    max_rollbacks: int = 3
+    """Rollbacks in the life of a run before it stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DebugSection:
+    """Drills."""
+
+    inject: tuple[str, ...] = ()
+    """Faults on purpose, each once: "KIND:rank=R,step=S[,seconds=T]", KIND one of kill, terminate, stop, raise, hang,
+    slow, nan, spike, disk-full, corrupt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Pretrain a language model. With no argument: TinyLlama-1.1B on what `make prepare-data` made."""
 
@@ -166,14 +211,17 @@ class RunConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("tinyllama-1.1b"))
     optim: OptimSection = field(default_factory=OptimSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    debug: DebugSection = field(default_factory=DebugSection)
 
     def __post_init__(self) -> None:
         """Refuses values that make no run, each by itself and across sections."""
         positive = (
-            "run.num_steps run.save_every run.keep_checkpoints run.validate_every run.max_nonfinite_steps "
-            "data.sequence_length data.batch_sequences data.micro_batch_sequences data.validation_sequences "
-            "data.window_groups "
-            "optim.peak_lr optim.decay_steps optim.eps optim.max_grad_norm parallel.replicas"
+            "run.num_steps run.save_every run.keep_checkpoints run.validate_every run.max_failed_saves "
+            "run.hang_timeout_s data.sequence_length data.batch_sequences data.micro_batch_sequences "
+            "data.validation_sequences data.window_groups "
+            "optim.peak_lr optim.decay_steps optim.eps optim.max_grad_norm parallel.replicas "
+            "guard.sigma guard.window_steps guard.max_in_a_row"
         )
         for name in positive.split():
             if value_of(self, name) <= 0:
@@ -183,7 +231,7 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} = {value_of(self, name)}: must be finite (a very large number means no limit)"
                 )
-        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay"):
+        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay", "guard.max_rollbacks"):
             if value_of(self, name) < 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must not be negative")
         for name in ("optim.beta1", "optim.beta2"):
@@ -201,6 +249,8 @@ class RunConfig:
                 f"data.sequence_length = {self.data.sequence_length} exceeds model.context_length = "
                 f"{self.model.context_length}; lower the first or raise the second"
             )
+        if self.run.keep_every is not None and self.run.keep_every < 1:
+            raise ConfigError(f"run.keep_every = {self.run.keep_every}: must be positive, or left out")
         if not self.data.paths:
             raise ConfigError("data.paths is empty; name at least one folder that `make prepare-data` wrote")
         parse_schedule(self.data.mixture)

@@ -23,7 +23,7 @@ from data_prep.shards import open_tokens
 from evaluation.report import read_metrics
 from evaluation.score import unigram_entropy
 from resume import checkpoint
-from train.signals import STOPPED
+from train.exits import STOPPED
 
 CONFIG = "configs/smoke.toml"
 DATA_CONFIG = "configs/prepare-demo.toml"

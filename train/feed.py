@@ -82,11 +82,14 @@ class Feed:
             self._cache.write(list(self._files.values()))
         if self._ranks.is_first:
             _write_paths(self._run, self._files)
-            unused = [file for file_id, file in self._listed.items() if file_id not in self._order.file_ids]
+            known = set(self._order.file_ids)
+            unused = [file for file_id, file in self._listed.items() if file_id not in known]
             if unused:
+                first = unused[0].path
+                folder = next(folder for folder in self._config.data.paths if first.is_relative_to(folder))
                 self._notes.append(
-                    f"note: {len(unused)} training shards in the data folders are not part of this run, first "
-                    f"{unused[0].path}; add them with: python -m resume append {self._run} {unused[0].path.parent}"
+                    f"note: {len(unused)} training shards in the data folders are not part of this run, first {first}; "
+                    f"add them with: python -m resume append {self._run} {folder}"
                 )
         if self._reader.num_checked_files < len(self._files):
             self._notes.append(
@@ -104,6 +107,10 @@ class Feed:
         if self._samples_file is not None:
             self._samples_file.close()
 
+    def spoil_next(self) -> None:
+        """Flips a bit in the next sample that is read, as a failing memory would: for drills."""
+        self._reader.spoil_next = True
+
     @property
     def has_ended(self) -> bool:
         """Whether every source has given all it may."""
@@ -120,8 +127,10 @@ class Feed:
         """The state after the step that was read last."""
         return state.advance(self._next_sample - state.first_sample, num_targets)
 
-    def book(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
-        """Enters a committed step into the books."""
+    def book(self, micro_batches: Sequence[MicroBatch], step: int, is_applied: bool = True) -> None:
+        """Enters a committed step into the books; of one that was not applied, that it was not."""
+        if not is_applied:
+            self._ledger.not_applied.append(step)
         length = self._order.sequence_length
         trained: dict[str, list[int]] = {}
         for micro_batch in micro_batches:
@@ -132,12 +141,14 @@ class Feed:
                 good &= ~((micro_batch.files == file) & (micro_batch.samples == sample))
                 entry = Quarantined(self._order.file_ids[file], sample * length, length, step)
                 self._ledger.quarantined.append(entry)
+            if not is_applied:
+                continue
             files, samples = micro_batch.files[good], micro_batch.samples[good]
             self._ledger.add(files, samples, length)
             if self._samples_file is not None:
                 for file, sample in zip(files.tolist(), samples.tolist(), strict=True):
                     trained.setdefault(self._order.file_ids[file], []).append(sample)
-        if self._samples_file is not None:
+        if self._samples_file is not None and is_applied:
             self._samples_file.write(json.dumps({"step": step, "sequence_length": length, "samples": trained}) + "\n")
             self._samples_file.flush()
 
@@ -147,15 +158,17 @@ class Feed:
         counts, digests = self._ranks.sum_arrays([self._ledger.counts, self._ledger.digests.view(np.int64)])
         whole.counts, whole.digests = counts, digests.view(np.uint64)
         quarantined = self._ranks.gather([dataclasses.astuple(entry) for entry in self._ledger.quarantined])
-        found = {Quarantined(*entry) for entries in quarantined for entry in entries}
+        # A list: one bad sample may be drawn twice in a step.
+        found = [Quarantined(*entry) for entries in quarantined for entry in entries]
         whole.quarantined = sorted(found, key=lambda entry: (entry.step, entry.file_id, entry.first_token))
-        for entry in whole.quarantined:
+        whole.not_applied = self._ledger.not_applied  # every rank has all of them, the first those of earlier lives
+        for entry in dict.fromkeys(whole.quarantined):
             if entry not in self._announced:
                 sample, path = entry.first_token // entry.sequence_length, self._files[entry.file_id].path
                 self._notes.append(
                     f"QUARANTINED: sample {sample} of {path} differs from its checksum, step {entry.step}"
                 )
-        self._announced |= found
+        self._announced.update(found)
         return whole.to_json()
 
     def take_up(self, state: DataState) -> DataState:
@@ -175,7 +188,12 @@ class Feed:
     def _with_requests(self, state: DataState) -> DataState:
         """The state after the requests that wait; the same object if none does."""
         taken = state.requests_taken
-        for number, request in self._ranks.from_first(lambda: requests.pending(self._run, taken)):
+        try:
+            waiting = self._ranks.from_first(lambda: requests.pending(self._run, taken))
+        except DataError as error:  # a request must not end a run
+            self._notes.append(f"requests NOT taken up: {error}")
+            return state
+        for number, request in waiting:
             try:
                 state = self._taken(state, request)
                 self._notes.append(f"request {number} taken up at step {state.step}: {requests.describe(request)}")

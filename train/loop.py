@@ -14,17 +14,23 @@ from data_prep.config_file import to_toml
 from evaluation.score import Score
 from model.batch import Batch
 from model.flops import flops_per_token, mfu
-from resume import checkpoint, rng
+from resume import requests, rng
+from resume.checkpoint import SaveError
 from resume.manifest import DataError
+from resume.saver import Saved, Saver
 from resume.state import DataState
 from train.config import RunConfig
+from train.faults import Faults
 from train.feed import Feed
+from train.guard import Guard, Verdict
+from train.loader import MicroBatch
 from train.metrics import RunLog, StepRecord, memory_gib
 from train.optim import clip_factor, scale_gradients, set_learning_rate, squared_grad_norm, state_tensors
 from train.ranks import Ranks, device_name
 from train.schedule import learning_rate
 from train.sharding import reshard, sync_gradients
 from train.signals import StopRequest
+from train.watch import Watch
 
 
 class HostBatch(Protocol):
@@ -45,7 +51,15 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 
 
 class NotFiniteError(ValueError):
-    """Too many consecutive steps had a NaN or infinite loss or gradient."""
+    """The guard says that the run must not go on by itself."""
+
+
+class RollBackError(Exception):
+    """The run goes back to its newest checkpoint and leaves out the data from there to `step`."""
+
+    def __init__(self, step: int, cause: str):
+        super().__init__(cause)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +86,14 @@ class Trainer:
     validate: Callable[[], Score] | None
     log: RunLog | None
     stop: StopRequest
+    saver: Saver
+    guard: Guard
+    watch: Watch
+    faults: Faults
+    num_failed_saves: int = 0
+    """In a row, as far as this rank knows; after a wait for the saver all ranks know the same."""
+    save_error: SaveError | None = None
+    """Of the newest save that has ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +103,7 @@ class StepOutcome:
     loss_mean: float
     grad_norm: float
     num_targets: int
-    is_finite: bool
+    verdict: Verdict
     stop_requested: bool
 
 
@@ -89,63 +111,75 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
     """Trains from `progress` to the end of the run, or until told to stop; saves and validates on the way.
 
     Raises:
-        NotFiniteError: run.max_nonfinite_steps steps in a row could not be applied.
+        RollBackError: the guard wants to go back, and there is a checkpoint to go back to.
+        NotFiniteError: the guard says stop, or may not roll back once more.
+        SaveError: run.max_failed_saves saves in a row failed, or the last one did.
+        DataError, ShardError: a rank cannot read; what was trained until then is saved.
     """
     run = trainer.config.run
-    stop_requested, num_not_finite, saved_step = False, 0, progress.step
+    stop_requested, saved_step = False, progress.step
     if progress.step == 0:
         _validate(trainer, progress)
     while progress.step < run.num_steps and not stop_requested:
         started_s = time.perf_counter()
+        trainer.watch.at("data", progress.step + 1)
+        trainer.faults.before_step(progress.step + 1)
+        if trainer.faults.is_corrupt(progress.step + 1):
+            trainer.feed.spoil_next()
         rng.seed_step(run.seed, progress.step)
         rate = learning_rate(trainer.config.optim, progress.step, run.num_steps)
-        micro_batches = trainer.feed.next_step()
+        micro_batches, num_targets = _read(trainer, progress, is_saved=saved_step == progress.step)
         if not micro_batches:
+            progress = Progress(progress.step, trainer.feed.take_up(progress.data))
+            if not trainer.feed.has_ended:
+                continue  # what was appended meanwhile
             _end_of_data(trainer, progress, is_saved=saved_step == progress.step)
             break
-        outcome = train_step(trainer, micro_batches, rate)
+        outcome = train_step(trainer, micro_batches, num_targets, rate, progress.step + 1)
         # The cursor moves here and nowhere else: read-ahead that no step has committed is read again after a resume.
-        trained = outcome.num_targets if outcome.is_finite else 0
+        trained = outcome.num_targets if outcome.verdict.action == "apply" else 0
         progress = Progress(progress.step + 1, trainer.feed.advanced(progress.data, trained))
-        trainer.feed.book(micro_batches, progress.step)
+        trainer.feed.book(micro_batches, progress.step, outcome.verdict.action == "apply")
         _log_step(trainer, progress, outcome, rate, time.perf_counter() - started_s)
-        num_not_finite = 0 if outcome.is_finite else num_not_finite + 1
-        if num_not_finite >= run.max_nonfinite_steps:
-            raise _not_finite(trainer, progress, num_not_finite)
+        _obey(trainer, progress, outcome.verdict)
         stop_requested = outcome.stop_requested
         is_last = progress.step == run.num_steps
         if is_last or progress.step % run.validate_every == 0:
             _validate(trainer, progress)
         if is_last or stop_requested or progress.step % run.save_every == 0:
             progress = Progress(progress.step, trainer.feed.take_up(progress.data))
-            save(trainer, progress)
+            save(trainer, progress, outcome.loss_mean)
             saved_step = progress.step
-        log_notes(trainer)
+        _note_saved(trainer, trainer.saver.finished())
+    finish_save(trainer)
     return progress
 
 
-def train_step(trainer: Trainer, micro_batches: Sequence[HostBatch], rate: float) -> StepOutcome:
-    """One optimizer step over this rank's micro-batches.
+def train_step(
+    trainer: Trainer, micro_batches: Sequence[HostBatch], num_targets: int, rate: float, step: int
+) -> StepOutcome:
+    """One optimizer step over this rank's micro-batches, num_targets on all ranks: the run's step-th, counted from 1.
 
     Losses and gradients are sums over all ranks and micro-batches, divided once by the global number of targets. A step
-    whose loss or gradient is not finite leaves parameters and moments as they were, on every rank.
+    that the guard does not let pass leaves parameters and moments as they were, on every rank.
     """
     model, ranks = trainer.model, trainer.ranks
-    num_targets = ranks.sum_int(sum(batch.num_targets for batch in micro_batches))
     divisor = max(1, num_targets)  # a step may have no targets, if all its samples are quarantined
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for i, batch in enumerate(micro_batches):
+        trainer.watch.at("forward", step)
         sync_gradients(model, is_last=i == len(micro_batches) - 1)
-        micro_loss_sum = trainer.objective(model, batch.to(ranks.device))
+        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, batch.to(ranks.device)), step)
         (micro_loss_sum / divisor).backward()
         loss_sum += micro_loss_sum.detach()
+    trainer.watch.at("reduce", step)
     # One collective and one wait for the device per step: loss, gradient norm, and whether anyone was told to stop.
     total_loss, squared_norm, num_stops = ranks.sum_all(
         [loss_sum, squared_grad_norm(model, ranks.rank), float(trainer.stop.is_set)]
     )
     grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-    is_finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
-    if is_finite and num_targets:
+    verdict = trainer.guard.judge(total_loss / divisor, grad_norm) if num_targets else Verdict("skip", "no targets")
+    if verdict.action == "apply":
         factor = clip_factor(grad_norm, trainer.config.optim.max_grad_norm)
         if factor < 1.0:
             scale_gradients(model, factor)
@@ -156,30 +190,42 @@ def train_step(trainer: Trainer, micro_batches: Sequence[HostBatch], rate: float
         loss_mean=total_loss / divisor,
         grad_norm=grad_norm,
         num_targets=num_targets,
-        is_finite=is_finite,
+        verdict=verdict,
         stop_requested=num_stops > 0,
     )
 
 
-def save(trainer: Trainer, progress: Progress) -> Path:
-    """Publishes a checkpoint of everything the run needs to go on exactly; every rank calls it."""
-    config = trainer.config
-    folder = checkpoint.save(
-        Path(config.run.dir),
-        progress.step,
-        state_tensors(trainer.model, trainer.optimizer),
-        {"data": progress.data.to_json(), "trained": trainer.feed.books(), "rng": rng.record(config.run.seed)},
-        to_toml(config),
-        config.run.keep_checkpoints,
-    )
-    if trainer.log is not None:
-        trainer.log.note(f"saved {folder}")
-    return folder
+def save(trainer: Trainer, progress: Progress, loss: float | None = None) -> None:
+    """Begins to save everything that the run needs to go on exactly; every rank calls it.
+
+    Raises:
+        SaveError: run.max_failed_saves saves before it failed.
+    """
+    trainer.watch.at("save", progress.step)
+    # Every rank waits here for the save before this one, so that all count the same failures.
+    _note_saved(trainer, trainer.saver.wait())
+    _refuse_failed_saves(trainer)
+    config, data = trainer.config, progress.data.to_json()
+    record = {
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "data": data,
+        "trained": trainer.feed.books(),
+        "guard": trainer.guard.to_json(),
+        "rng": rng.record(config.run.seed),
+    }
+    tensors = state_tensors(trainer.model, trainer.optimizer)
+    trainer.saver.start(progress.step, tensors, record, to_toml(config))
 
 
-def load(trainer: Trainer, folder: Path) -> None:
-    """Fills model and optimizer from a checkpoint; every rank calls it."""
-    checkpoint.load_into(folder, state_tensors(trainer.model, trainer.optimizer))
+def finish_save(trainer: Trainer) -> None:
+    """Waits until what was begun to be saved is; every rank calls it.
+
+    Raises:
+        SaveError: it could not be saved.
+    """
+    _note_saved(trainer, trainer.saver.wait())
+    if trainer.save_error is not None:
+        raise trainer.save_error
 
 
 def log_notes(trainer: Trainer) -> None:
@@ -189,6 +235,71 @@ def log_notes(trainer: Trainer) -> None:
             trainer.log.note(note)
 
 
+def _read(trainer: Trainer, progress: Progress, is_saved: bool) -> tuple[list[MicroBatch], int]:
+    """This rank's micro-batches of the next step, and the targets of all ranks.
+
+    If a rank cannot read, all save what they have and raise its error.
+    """
+    micro_batches: list[MicroBatch] = []
+    error: Exception | None = None
+    try:
+        _refuse_failed_saves(trainer)  # here, because the ranks hear of a failure at different steps
+        micro_batches = trainer.feed.next_step()
+    except (ValueError, OSError) as caught:
+        error = caught
+    trainer.watch.at("agree", progress.step + 1)
+    mine = sum(batch.num_targets for batch in micro_batches)
+    num_targets, num_failed = trainer.ranks.sum_ints(mine, int(error is not None))
+    if num_failed:
+        if not is_saved:
+            save(trainer, progress)
+        finish_save(trainer)
+        trainer.watch.at("agree", progress.step + 1)
+        trainer.ranks.raise_first(error)
+    return micro_batches, num_targets
+
+
+def _obey(trainer: Trainer, progress: Progress, verdict: Verdict) -> None:
+    """Says what the guard found; rolls back or stops if it says so."""
+    if verdict.cause is None:
+        return
+    run, cause = trainer.config.run, f"step {progress.step}: {verdict.cause}"
+    if trainer.log is not None:
+        trainer.log.event(progress.step, verdict.action, verdict.cause)
+    if verdict.action in ("rollback", "stop"):
+        # The newest checkpoint may still be on its way.
+        _note_saved(trainer, trainer.saver.wait())
+        _refuse_failed_saves(trainer)
+    if verdict.action == "stop":
+        raise NotFiniteError(f"{cause}. The guard is told to stop (guard.on_nonfinite, guard.on_spike)")
+    if verdict.action == "rollback":
+        num_rollbacks = trainer.ranks.from_first(lambda: requests.num_rollbacks(Path(run.dir)))
+        if num_rollbacks >= trainer.config.guard.max_rollbacks:
+            raise NotFiniteError(
+                f"{cause}. The run has rolled back {num_rollbacks} times (guard.max_rollbacks): lower --optim.peak-lr "
+                "or --optim.max-grad-norm (with --run.allow-changes), or look at the data, and start it again"
+            )
+        raise RollBackError(progress.step, cause)
+
+
+def _note_saved(trainer: Trainer, saved: Saved | None) -> None:
+    """Logs and counts how a save ended."""
+    if saved is None:
+        return
+    trainer.save_error = saved.error
+    trainer.num_failed_saves = trainer.num_failed_saves + 1 if saved.error is not None else 0
+    if trainer.log is not None:
+        trainer.log.saved(saved)
+    # What was taken up counts once it is saved.
+    log_notes(trainer)
+
+
+def _refuse_failed_saves(trainer: Trainer) -> None:
+    """Ends the run if too many saves in a row have failed."""
+    if trainer.save_error is not None and trainer.num_failed_saves >= trainer.config.run.max_failed_saves:
+        raise trainer.save_error
+
+
 def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
     """Validates and saves what can be trained when every source has given all it may."""
     run = trainer.config.run
@@ -196,6 +307,7 @@ def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
         _validate(trainer, progress)
     if not is_saved:
         save(trainer, progress)
+    finish_save(trainer)
     message = (
         f"the data ends after step {progress.step} of {run.num_steps}: data.max_epochs is reached. Append data with "
         f"`python -m resume append {run.dir} FOLDER` and start the run again"
@@ -209,6 +321,7 @@ def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
 def _validate(trainer: Trainer, progress: Progress) -> None:
     if trainer.validate is None:
         return
+    trainer.watch.at("validate", progress.step)
     mine = trainer.validate()
     reshard(trainer.model)
     score = Score(*trainer.ranks.sum_all([mine.loss_sum, mine.num_targets, mine.num_bytes]))
@@ -233,15 +346,6 @@ def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: 
         step_s=step_s,
         tokens_seen=progress.data.tokens_seen,
         epoch=max(trainer.feed.order.progress(progress.data.position).values()),
-        skipped=not outcome.is_finite,
+        skipped=outcome.verdict.action != "apply",
     )
     trainer.log.step(record, config.run.num_steps)
-
-
-def _not_finite(trainer: Trainer, progress: Progress, num_not_finite: int) -> NotFiniteError:
-    newest = checkpoint.latest(Path(trainer.config.run.dir))
-    return NotFiniteError(
-        f"loss or gradient was not finite in {num_not_finite} steps in a row, up to step {progress.step}; none of them "
-        f"changed the weights. The newest checkpoint is {newest.name if newest else 'none'}: lower --optim.peak-lr "
-        f"or --optim.max-grad-norm (with --run.allow-changes) and resume"
-    )

@@ -1,8 +1,8 @@
 """What a person sees of a run: one line a step, metrics.jsonl, TensorBoard.
 
 TensorBoard tags: train/loss, optim/learning_rate, optim/grad_norm, perf/tokens_per_s_per_device,
-perf/mfu, perf/step_s, perf/memory_gib, data/tokens_seen, data/epoch, validation/loss, validation/perplexity,
-validation/bits_per_byte; the resolved config as text under run/config.
+perf/mfu, perf/step_s, perf/memory_gib, perf/save_stall_s, perf/save_s, data/tokens_seen, data/epoch, validation/loss,
+validation/perplexity, validation/bits_per_byte; the resolved config as text under run/config.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from data_prep import publish
 from evaluation.report import read_metrics
+from resume.saver import Saved
 
 _TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -29,6 +30,8 @@ _TENSORBOARD_TAGS = {
     "memory_gib": "perf/memory_gib",
     "tokens_seen": "data/tokens_seen",
     "epoch": "data/epoch",
+    "save_stall_s": "perf/save_stall_s",
+    "save_s": "perf/save_s",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
     "validation_bits_per_byte": "validation/bits_per_byte",
@@ -84,6 +87,21 @@ class RunLog:
             flush=True,
         )
 
+    def event(self, step: int, action: str, cause: str) -> None:
+        """Logs what the guard found in a step."""
+        self._write({"step": step, "event": action, "cause": cause})
+        print(f"GUARD: {action}, step {step}: {cause}", flush=True)
+
+    def saved(self, saved: Saved) -> None:
+        """Logs how a save ended, and how long the training waited for it."""
+        if saved.error is not None:
+            self._write({"step": saved.step, "event": "save failed", "cause": str(saved.error)})
+            print(f"NOT SAVED, the training goes on: {saved.error}", flush=True)
+            return
+        values = {"save_stall_s": saved.stall_s, "save_s": saved.save_s, "save_gb": saved.size_bytes / 1e9}
+        self._write({"step": saved.step, **values})
+        print(f"saved {saved.folder} in {saved.save_s:.2f} s, waited {saved.stall_s:.2f} s", flush=True)
+
     def note(self, text: str) -> None:
         """Prints a line that is not a measurement."""
         print(text, flush=True)
@@ -110,7 +128,7 @@ def format_step(record: StepRecord, num_steps: int, seconds_left: float) -> str:
         f"step {record.step:>8,}/{num_steps:,}  loss {record.loss:7.4f}  lr {record.learning_rate:.2e}  "
         f"gnorm {record.grad_norm:7.3f}  {record.tokens_per_s_per_device:>9,.0f} tok/s/dev  mfu {mfu}  "
         f"mem {record.memory_gib:5.1f} GiB  eta {format_duration(seconds_left)}"
-        + ("  SKIPPED: not finite" if record.skipped else "")
+        + ("  NOT APPLIED" if record.skipped else "")
     )
 
 
@@ -135,7 +153,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 def _drop_records_after(path: Path, step: int) -> None:
-    """Removes what was logged after the checkpoint, all without one: those steps are about to be trained again."""
-    records = [record for record in read_metrics(path.parent) if step > 0 and record["step"] <= step]
+    """Removes what was logged after the checkpoint, all without one: those steps are about to be trained again.
+
+    That the run went back stays: it is why they are.
+    """
+    found = read_metrics(path.parent)
+    records = [r for r in found if r.get("event") == "rollback" or (step > 0 and r["step"] <= step)]
     if path.is_file():
         publish.write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -9,8 +9,11 @@ from resume.regions import is_first_replica, local_part
 from train.config import OptimSection
 
 
-def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimSection, exact: bool = False) -> torch.optim.AdamW:
     """Fused AdamW with weight decay on matrices only; its state exists from the start, so that it can be loaded into.
+
+    `exact`: not fused. On a CPU the fused one rounds the last elements of a part otherwise than those before them, so
+    that the bits depend on where the parts are cut.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
@@ -21,7 +24,7 @@ def make_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
         {"params": plain, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=not exact
     )
     for p in model.parameters():
         optimizer.state[p] = {

@@ -111,7 +111,9 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
     flops = flops_per_token(config.model, config.data.sequence_length)
     tokens = config.batch_tokens * config.run.num_steps
     num_checkpoints = -(-config.run.num_steps // config.run.save_every)
-    disk = checkpoint_bytes(config.model, dtype) * (min(num_checkpoints, config.run.keep_checkpoints) + 1)
+    one_checkpoint = checkpoint_bytes(config.model, dtype)
+    for_ever = config.run.num_steps // config.run.keep_every if config.run.keep_every is not None else 0
+    num_kept = min(num_checkpoints, config.run.keep_checkpoints + for_ever)
     rows = [
         ("devices", f"{world_size}, {config.num_micro_batches(world_size)} micro-batches per step each, {dtype}"),
         ("parameters", f"{num_params(config.model):,}"),
@@ -120,9 +122,14 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
         ("data", _describe_data(config, manifest)),
         *((name.replace("_", " "), _gib(value)) for name, value in dataclasses.asdict(memory).items()),
         ("memory per device", f"{_gib(memory.total)} (estimate, plus about {_gib(_RESERVE_BYTES)} of the framework)"),
-        ("checkpoints", f"{num_checkpoints} of {_gib(checkpoint_bytes(config.model, dtype))}"),
-        ("disk", f"{_gib(disk)} in {config.run.dir} ({config.run.keep_checkpoints} kept, one being written)"),
+        ("checkpoints", f"{num_checkpoints} of {_gib(one_checkpoint)}"),
+        ("disk", f"{_gib(one_checkpoint * (num_kept + 1))} in {config.run.dir} ({num_kept} kept, one being written)"),
     ]
+    if config.run.async_save:
+        num_shards = world_size // config.parallel.replicas
+        rows.append(
+            ("host memory", f"{_gib(one_checkpoint // num_shards)} per process for the copy that is being saved")
+        )
     lines = [f"{name:<18} {value}" for name, value in rows]
     return to_toml(config) + "\n" + "\n".join(lines)
 

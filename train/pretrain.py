@@ -7,13 +7,16 @@
 
 In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b" or "smoke" sets the keys of the model that it does not.
 
-A run continues from the newest checkpoint in run.dir. SIGTERM or SIGINT, to this process or to torchrun, stops it at
-the next step boundary, after a checkpoint; so does SIGUSR1 to this process (torchrun dies of it).
-Exit codes of this process: 0 done, 65 bad data, 70 loss not finite, 73 cannot write, 75 stopped and saved, 78 bad
-config or checkpoint. torchrun turns all but 0 into 1.
+A run continues from the newest good checkpoint in run.dir. SIGTERM, SIGINT or SIGUSR1, to a process or to torchrun
+(SIGUSR1 with torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1), stops it at the next step boundary,
+after a checkpoint.
+Exit codes: 0 done, 65 bad data, 70 loss not finite or the same failure thrice, 71 a rank lost or hung, 73 cannot write,
+75 stopped and saved, 78 bad config or checkpoint. torchrun turns all but 0 into 1: run.dir/exit.json has the code.
 """
 
+import contextlib
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +24,26 @@ from typing import TYPE_CHECKING
 
 from data_prep.config_file import ConfigError, parse
 from train.config import RunConfig
+from train.exits import (
+    BAD_CONFIG,
+    BAD_DATA,
+    BUG,
+    CANNOT_WRITE,
+    DONE,
+    LOST_RANK,
+    NOT_FINITE,
+    STOPPED,
+    RepeatedFailureError,
+    begin_life,
+    record_end,
+)
+from train.watch import LostRankError
 
 if TYPE_CHECKING:
+    from train.loop import RollBackError
     from train.ranks import Ranks
-
-BAD_DATA, NOT_FINITE, CANNOT_WRITE, BAD_CONFIG = 65, 70, 73, 78
+    from train.signals import StopRequest
+    from train.watch import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,26 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, BAD_CONFIG)
     # After parsing: --help and a mistyped key should not wait for torch.
+    try:
+        return dry_run(config) if "--dry-run" in arguments else pretrain(config)
+    except Exception as error:
+        if (code := exit_code(error)) == BUG:
+            raise
+        return _fail(error, code)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that says what kind of error ended a run."""
     from data_prep.manifest import ManifestError
     from data_prep.shards import ShardError
     from data_prep.tokenizer import TokenizerError
     from model.convert import ConvertError
     from resume.checkpoint import CheckpointError, SaveError
     from resume.manifest import DataError
+    from train.lock import LockedError
     from train.loop import NotFiniteError
 
-    try:
-        return dry_run(config) if "--dry-run" in arguments else pretrain(config)
-    except (DataError, ManifestError, ShardError, TokenizerError) as error:
-        return _fail(error, BAD_DATA)
-    except SaveError as error:
-        return _fail(error, CANNOT_WRITE)
-    except (ConfigError, CheckpointError, ConvertError) as error:
-        return _fail(error, BAD_CONFIG)
-    except OSError as error:
-        return _fail(error, CANNOT_WRITE)
-    except NotFiniteError as error:
-        return _fail(error, NOT_FINITE)
+    codes: dict[tuple[type[BaseException], ...], int] = {
+        (DataError, ManifestError, ShardError, TokenizerError): BAD_DATA,
+        (SaveError, LockedError, OSError): CANNOT_WRITE,
+        (ConfigError, CheckpointError, ConvertError): BAD_CONFIG,
+        (NotFiniteError, RepeatedFailureError): NOT_FINITE,
+        (LostRankError,): LOST_RANK,
+    }
+    return next((code for kinds, code in codes.items() if isinstance(error, kinds)), BUG)
 
 
 def dry_run(config: RunConfig) -> int:
@@ -102,43 +127,105 @@ def dry_run(config: RunConfig) -> int:
 
 
 def pretrain(config: RunConfig) -> int:
-    """Trains, or goes on training, and returns the exit code."""
-    from train import plan, ranks
+    """Trains, or goes on training, and returns the exit code.
 
-    this = ranks.start(config.parallel.device)
+    Raises:
+        LockedError: another process trains in the run folder.
+        RepeatedFailureError: the last lives of the run failed at one step.
+        Exception: what else ends a run; the run folder's exit.json names it.
+    """
+    from train.lock import RunLock
+
+    run, is_first = Path(config.run.dir), os.environ.get("RANK", "0") == "0"
+    with RunLock(run) if is_first else contextlib.nullcontext():
+        if is_first:
+            begin_life(run)
+        return _live(config)
+
+
+def _live(config: RunConfig) -> int:
+    """One life of a run, from the launch to its end."""
+    from train import ranks
+    from train.signals import StopRequest
+    from train.watch import Watch
+
+    run = Path(config.run.dir)
+    # Before anything listens to signals: one that comes while a rank waits for its peers must end it.
     try:
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        plan.refuse_impossible(config, this.device.type, this.world_size, local_world_size)
-        code = _pretrain(config, this)
-    except BaseException:
-        # Peers may wait in a collective that this rank will never join, and leaving the group would wait for them:
-        # the process just ends, with its message, and the launcher ends the others.
-        if this.world_size == 1:
-            ranks.stop()
-        raise
-    ranks.stop()
-    return code
+        this = ranks.start(config.parallel.device)
+        life = this.from_first(lambda: secrets.token_hex(8))
+    except RuntimeError as error:
+        if not ranks.is_lost_connection(error):
+            raise
+        lost = LostRankError(
+            int(os.environ["RANK"]), f"a rank was lost while they joined: {str(error).splitlines()[0]}"
+        )
+        record_end(run, LOST_RANK, rank=lost.rank, step=0, cause=str(lost))
+        raise lost from error
+    with StopRequest() as stop:
+        watch = Watch(run, life=life, rank=this.rank, world_size=this.world_size, timeout_s=config.run.hang_timeout_s)
+        try:
+            with watch:
+                code, step = _pretrain(config, this, watch, stop)
+                if this.is_first:
+                    record_end(run, code, rank=0, step=step, cause="done" if code == DONE else "told to stop")
+        except BaseException as error:
+            if this.world_size > 1 and ranks.is_lost_connection(error) and (lost := watch.blame()) is not None:
+                record_end(run, LOST_RANK, rank=lost.rank, step=watch.step, cause=str(lost))
+                raise lost from error
+            cause = f"{type(error).__name__}: {error}" if exit_code(error) == BUG else str(error)
+            record_end(run, exit_code(error), rank=this.rank, step=watch.step, cause=cause)
+            # Peers may wait in a collective that this rank will never join, and leaving the group would wait for them:
+            # the process just ends, with its message, and the launcher ends the others.
+            if this.world_size == 1:
+                ranks.stop()
+            raise
+        ranks.stop()
+        return code
 
 
-def _pretrain(config: RunConfig, ranks: "Ranks") -> int:
+def _pretrain(config: RunConfig, ranks: "Ranks", watch: "Watch", stop: "StopRequest") -> tuple[int, int]:
+    """Exit code and last step of a life."""
     from evaluation.report import write_report
+    from train import plan
     from train.assemble import open_data, open_run
-    from train.loop import train
-    from train.signals import STOPPED
+    from train.loop import RollBackError, train
 
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan.refuse_impossible(config, ranks.device.type, ranks.world_size, local_world_size)
     data = open_data(config, show_progress=ranks.is_first)
-    with open_run(config, data, ranks) as (trainer, progress):
-        finished = train(trainer, progress)
-        if finished.step < config.run.num_steps and not trainer.feed.has_ended:
-            if trainer.log is not None:
-                trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
-            return STOPPED
+    finished = None
+    while finished is None:
+        try:
+            with open_run(config, data, ranks, watch, stop) as (trainer, progress):
+                finished, has_ended = train(trainer, progress), trainer.feed.has_ended
+                if finished.step < config.run.num_steps and not has_ended:
+                    if trainer.log is not None:
+                        trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
+                    return STOPPED, finished.step
+        except RollBackError as back:
+            _queue_skip(config, ranks, back)
     if ranks.is_first:
         try:
             print(f"report: {write_report(Path(config.run.dir))}")
         except ValueError as error:  # the run is done and saved all the same
             print(f"no report: {error}")
-    return 0
+    return DONE, finished.step
+
+
+def _queue_skip(config: RunConfig, ranks: "Ranks", back: "RollBackError") -> None:
+    """Asks for the skip that a rollback needs as a person would: the run takes it up when it starts, killed or not."""
+    from resume import checkpoint, requests
+
+    def queue() -> None:
+        run = Path(config.run.dir)
+        to_step = (checkpoint.steps(run) or [0])[-1]
+        because = f"rolled back from step {back.step} to {to_step}, {back}"
+        request = {"kind": "skip", "num_steps": back.step - to_step, "for_good": False, "because": because}
+        number = requests.queue(run, request)
+        print(f"ROLLBACK to step {to_step}, request {number}: {requests.describe(request)}", flush=True)
+
+    ranks.from_first(queue)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -33,11 +34,11 @@ class Ranks:
         """Whether this rank prints, logs and writes what is written once."""
         return self.rank == 0
 
-    def sum_int(self, value: int) -> int:
-        """The sum over all ranks; a CPU collective, so that no GPU work is waited for."""
-        total = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(total)
-        return int(total)
+    def sum_ints(self, *values: int) -> list[int]:
+        """The sums over all ranks; a CPU collective, so that no GPU work is waited for."""
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals)
+        return totals.tolist()
 
     def agree_on(self, value: int) -> bool:
         """Whether all ranks have the same 63-bit value."""
@@ -66,10 +67,14 @@ class Ranks:
             result = action()
         except (ValueError, OSError) as caught:
             error = caught
+        self.raise_first(error)
+        return cast(Value, result)
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Raises on every rank the error of the first that has one."""
         for failure in self.gather(error):
             if failure is not None:
                 raise failure
-        return cast(Value, result)
 
     def from_first(self, action: Callable[[], Value]) -> Value:
         """What an action returns on the first rank, the only one to do it."""
@@ -140,6 +145,14 @@ def _stop_with_the_launcher() -> None:
     """Has the kernel send SIGTERM when torchrun dies: orphans would train on, unseen, beside the run's next life."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() == 1:  # it died before the kernel knew of the wish
+        sys.exit("error: the launcher is gone")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error looks like that of a collective whose peer is gone; torch has no type for all of them."""
+    is_from_torch = re.search("gloo|NCCL|closed by peer|ProcessGroup", str(error)) is not None
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_from_torch)
 
 
 def stop() -> None:

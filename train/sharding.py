@@ -20,14 +20,15 @@ WholeValue = Callable[[str, torch.Size], Tensor]
 def compute_dtype(config: ParallelSection, device: torch.device) -> torch.dtype:
     """The dtype of matrix products and activations."""
     precision = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    known = {"bf16": torch.bfloat16, "fp32": torch.float32, "exact": torch.float32, "fp64": torch.float64}
+    return known[precision]
 
 
 def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, value: WholeValue) -> Transformer:
     """Builds the model of a run, with every parameter set to its part of `value(name, shape)`.
 
     Parameters are fp32 (fp64 for fp64 runs); under bf16, FSDP computes on a bf16 copy. A single fp32 or fp64 device
-    needs neither gathering nor casting and gets the plain module.
+    needs neither gathering nor casting and gets the plain module, but for exact runs, whose gradients FSDP sums.
     """
     dtype = compute_dtype(parallel, ranks.device)
     master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -40,7 +41,7 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
         block.recompute = parallel.recompute_blocks
         if parallel.compile == "on" or (parallel.compile == "auto" and ranks.device.type == "cuda"):
             block.compile_body()
-    if ranks.world_size > 1 or dtype != master_dtype:
+    if ranks.world_size > 1 or dtype != master_dtype or parallel.precision == "exact":
         _shard(model, parallel, ranks, dtype)
     else:
         model.to(ranks.device)
@@ -74,7 +75,8 @@ def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: t
     if parallel.replicas > 1:
         shape, names = (parallel.replicas, ranks.world_size // parallel.replicas), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    # The sum of fp32 numbers is exact in fp64, so it does not depend on their order: on who computed which.
+    reduce_dtype = torch.float64 if parallel.precision in ("exact", "fp64") else torch.float32
     # Inputs are not cast: activations already have the compute dtype, and the RoPE tables stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": parallel.reshard_after_forward}

@@ -4,9 +4,6 @@ import signal
 from types import FrameType
 from typing import Any, Self
 
-# EX_TEMPFAIL of sysexits.h, "try again": what a scheduler's wrapper tests for to requeue the job.
-STOPPED = 75
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -64,7 +64,7 @@ def train_until_step(step: int, number: signal.Signals, config: Path) -> int:
 
 
 def same_tensors(a: Path, b: Path) -> bool:
-    one, other = checkpoint.read_tensors(a, ""), checkpoint.read_tensors(b, "")
+    one, other = checkpoint.open_checkpoint(a).read_tensors(""), checkpoint.open_checkpoint(b).read_tensors("")
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

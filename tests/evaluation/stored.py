@@ -9,8 +9,8 @@ import torch
 from data_prep.config_file import to_toml
 from data_prep.tokenizer import Tokenizer, train_bpe
 from model.config import ModelConfig
-from resume import checkpoint
 from tests.models import LLAMA, make_model
+from tests.records import save
 from train.config import DataSection, RunConfig
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # naïve café, {i} → {i + 1}\n" for i in range(200)]
@@ -44,7 +44,7 @@ def save_step(run: Path, step: int, config: ModelConfig, record: dict | None = N
     model = make_model(config, seed=step)
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     tensors |= {f"optim.{name}.m": torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    checkpoint.save(
+    save(
         run, step, tensors, record or {}, to_toml(RunConfig(data=DataSection(sequence_length=32), model=config)), keep=5
     )
     return model

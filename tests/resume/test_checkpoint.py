@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resume import checkpoint
+from resume import checkpoint, tensor_file
 from resume.checkpoint import CheckpointError, SaveError
 from resume.regions import Region
-from tests.records import rewrite
+from tests.records import rewrite, save
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -23,15 +23,16 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path / "run", 12, tensors(), {"data": {"position": 4}}, "[run]\n", keep=3)
+    return save(tmp_path / "run", 12, tensors(), {"data": {"position": 4}}, "[run]\n", keep=3)
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(saved: Path):
     target = {name: torch.zeros_like(value) for name, value in tensors().items()}
-    record = checkpoint.load_into(saved, target)
-    assert (record["step"], record["data"]) == (12, {"position": 4})
+    opened = checkpoint.open_checkpoint(saved)
+    opened.load_into(target)
+    assert (opened.record["step"], opened.record["data"]) == (12, {"position": 4})
     assert all(torch.equal(target[name], value) for name, value in tensors().items())
-    whole = checkpoint.read_tensors(saved, "model.")
+    whole = checkpoint.open_checkpoint(saved).read_tensors("model.")
     assert set(whole) == {"a", "b"}
     assert torch.equal(whole["b"], tensors()["model.b"])
 
@@ -50,34 +51,34 @@ def test_leftovers_of_a_killed_save_do_not_matter(tmp_path: Path):
     for name in ("step-5.tmp", "step-4.tmp", "step-0.del"):
         (run / name).mkdir(parents=True)
         (run / name / "garbage").write_text("half")
-    checkpoint.save(run, 5, tensors(), {}, "", keep=1)
+    save(run, 5, tensors(), {}, "", keep=1)
     assert sorted(path.name for path in run.iterdir()) == ["step-5"]
     assert not (run / "step-5" / "garbage").exists()
 
 
 def test_saving_a_step_that_is_already_there_is_refused(saved: Path):
     with pytest.raises(SaveError, match="another run writes into the same folder"):
-        checkpoint.save(saved.parent, 12, tensors(seed=1), {}, "", keep=3)
-    assert torch.equal(checkpoint.read_tensors(saved, "model.")["a"], tensors()["model.a"])
+        save(saved.parent, 12, tensors(seed=1), {}, "", keep=3)
+    assert torch.equal(checkpoint.open_checkpoint(saved).read_tensors("model.")["a"], tensors()["model.a"])
 
 
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_flipped_bit_in_any_file_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    folder = checkpoint.save(tmp_path_factory.mktemp("run"), 1, tensors(), {"data": 1}, "[run]\n", keep=1)
+    folder = save(tmp_path_factory.mktemp("run"), 1, tensors(), {"data": 1}, "[run]\n", keep=1)
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     content = bytearray(path.read_bytes())
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{path.name}.*(damaged|unreadable)"):
-        checkpoint.load_into(folder, tensors())
+        checkpoint.open_checkpoint(folder).load_into(tensors())
 
 
 def test_a_missing_file_is_named(saved: Path):
     (saved / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: missing"):
-        checkpoint.load_into(saved, tensors())
+        checkpoint.open_checkpoint(saved).load_into(tensors())
 
 
 def test_a_cut_record_and_another_format_are_refused(saved: Path):
@@ -88,7 +89,7 @@ def test_a_cut_record_and_another_format_are_refused(saved: Path):
         checkpoint.read_record(saved)
     record.write_text(text)
     rewrite(record, lambda table: table.update(format=99))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         checkpoint.read_record(saved)
     record.unlink()
     with pytest.raises(CheckpointError, match="not a checkpoint"):
@@ -99,37 +100,37 @@ def test_a_record_that_points_outside_its_folder_is_refused(saved: Path, tmp_pat
     shutil.move(saved / "config.toml", tmp_path / "config.toml")
     record = saved / "record.json"
     rewrite(record, lambda table: table["files"].update({"../../config.toml": table["files"].pop("config.toml")}))
-    with pytest.raises(CheckpointError, match="not a file of this folder"):
-        checkpoint.load_into(saved, tensors())
+    with pytest.raises(CheckpointError, match="not a file of a checkpoint"):
+        checkpoint.open_checkpoint(saved).load_into(tensors())
 
 
 def test_names_shapes_and_dtypes_must_agree(saved: Path):
     renamed = {name.replace("model.b", "model.c"): value for name, value in tensors().items()}
     with pytest.raises(CheckpointError, match=r"lacks tensors \['model\.c'\], has unknown ones \['model\.b'\]"):
-        checkpoint.load_into(saved, renamed)
-    with pytest.raises(CheckpointError, match=r"model\.a is \(\(5, 3\), 'float32'\), this run has \(\(3, 5\)"):
-        checkpoint.load_into(saved, {**tensors(), "model.a": torch.zeros(3, 5)})
+        checkpoint.open_checkpoint(saved).load_into(renamed)
+    with pytest.raises(CheckpointError, match=r"model\.a is \(5, 3\) torch\.float32, this run has \(3, 5\)"):
+        checkpoint.open_checkpoint(saved).load_into({**tensors(), "model.a": torch.zeros(3, 5)})
     with pytest.raises(CheckpointError, match="bfloat16"):
-        checkpoint.load_into(saved, {**tensors(), "model.b": torch.zeros(7)})
+        checkpoint.open_checkpoint(saved).load_into({**tensors(), "model.b": torch.zeros(7)})
 
 
 def test_pieces_that_do_not_cover_a_tensor_are_refused(saved: Path):
     rewrite(saved / "record.json", lambda table: table["tensors"]["model.a"].update(pieces=[]))
     with pytest.raises(CheckpointError, match="pieces of model.a do not cover it"):
-        checkpoint.load_into(saved, tensors())
+        checkpoint.open_checkpoint(saved).load_into(tensors())
     with pytest.raises(CheckpointError, match="pieces of model.a do not cover it"):
-        checkpoint.read_tensors(saved, "model.")
+        checkpoint.open_checkpoint(saved).read_tensors("model.")
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_publishes_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_file, "write", full)
     with pytest.raises(SaveError, match="cannot write .* No space left on device"):
-        checkpoint.save(saved.parent, 13, tensors(), {}, "", keep=1)
+        save(saved.parent, 13, tensors(), {}, "", keep=1)
     assert checkpoint.latest(saved.parent) == saved
-    assert checkpoint.load_into(saved, tensors())["step"] == 12
+    assert checkpoint.open_checkpoint(saved).record["step"] == 12
 
 
 boxes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=3).map(

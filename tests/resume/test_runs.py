@@ -18,7 +18,7 @@ from resume.order import Order
 from resume.runs import RequestError, open_run, read_paths
 from resume.state import Remove
 from tests.prepared import texts_about, write_data
-from tests.records import rewrite
+from tests.records import rewrite, save
 from tests.resume.walks import Walk, begun
 from tests.runs import tiny_run
 
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for steps in (1, 2):
         walk.steps(steps)
         record = {"data": walk.state.to_json(), "trained": walk.ledger().to_json()}
-        checkpoint.save(root / "run", walk.state.step, {}, record, to_toml(config), keep=9)
+        save(root / "run", walk.state.step, {}, record, to_toml(config))
     return root
 
 

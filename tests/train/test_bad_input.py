@@ -134,7 +134,7 @@ def test_another_model_under_an_allowed_change_is_still_refused(config: Path, ca
     flags = ["--model.ffn-size", 41, "--run.allow-changes", "model.ffn_size"]
     code, error = refused(capsys, config, *flags)
     assert code == BAD_CONFIG
-    assert "mlp.gate_up.weight is ((80, 24)" in error
+    assert "mlp.gate_up.weight is (80, 24)" in error
 
 
 @pytest.mark.parametrize(

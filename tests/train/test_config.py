@@ -131,8 +131,7 @@ def test_the_documents_list_the_keys_that_may_change():
     ]
 
 
-def test_there_are_fewer_than_sixty_keys_and_each_says_what_it_is():
-    assert len(keys(RunConfig)) < 60
+def test_each_key_says_what_it_is():
     shown = subprocess.run(
         [sys.executable, "train/pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -34,7 +34,7 @@ def test_a_run_on_a_gpu_learns_and_keeps_fp32_masters(tmp_path: Path, sections: 
     assert pretrain.pretrain(gpu_run(data, tmp_path / "run", **sections)) == 0
     validations = [r["validation_loss"] for r in read_metrics(tmp_path / "run") if "validation_loss" in r]
     assert validations[-1] < validations[0] - 1.5
-    state = checkpoint.read_tensors(tmp_path / "run" / "step-40", "")
+    state = checkpoint.open_checkpoint(tmp_path / "run" / "step-40").read_tensors("")
     assert {value.dtype for value in state.values()} == {torch.float32}
 
 

@@ -1,0 +1,151 @@
+"""How a run ended: what exit.json says, who writes it, and when a failure has happened too often."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from resume import checkpoint
+from tests.lives import Life, finished, lived
+from tests.prepared import write_data
+from tests.processes import run_ranks
+from tests.runs import tiny_run
+from train import exits
+from train.config import with_values
+from train.exits import RepeatedFailureError, begin_life, read_end, record_end
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+def fail(run: Path, step: int, code: int = exits.BUG) -> None:
+    """One life that fails."""
+    begin_life(run)
+    record_end(run, code, rank=0, step=step, cause=f"it broke at {step}")
+
+
+def test_a_file_says_code_rank_host_process_step_and_cause(tmp_path: Path):
+    record_end(tmp_path, exits.BAD_DATA, rank=3, step=7, cause="a shard is gone")
+    assert json.loads((tmp_path / "exit.json").read_text()) == {
+        "code": 65,
+        "rank": 3,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "step": 7,
+        "cause": "a shard is gone",
+        "times": 1,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_the_first_to_write_is_the_one_who_is_heard(tmp_path: Path):
+    record_end(tmp_path, exits.BAD_DATA, rank=1, step=7, cause="the cause")
+    record_end(tmp_path, exits.LOST_RANK, rank=0, step=7, cause="what followed from it")
+    assert read_end(tmp_path)["cause"] == "the cause"
+
+
+def test_of_many_ranks_that_write_at_once_one_is_heard_and_nothing_is_torn(tmp_path: Path):
+    def end(rank: int) -> int:
+        for number in range(30):
+            run = tmp_path / f"run-{number}"
+            run.mkdir(exist_ok=True)
+            record_end(run, exits.BUG, rank=rank, step=number, cause="x" * 1000 * (rank + 1))
+        return 0
+
+    run_ranks(end, 4, tmp_path)
+    for number in range(30):
+        entry = read_end(tmp_path / f"run-{number}")
+        assert entry["cause"] == "x" * 1000 * (entry["rank"] + 1)
+        assert len(list((tmp_path / f"run-{number}").iterdir())) == 1
+
+
+def test_where_nothing_can_be_written_the_end_is_not_made_worse(tmp_path: Path):
+    record_end(tmp_path / "nowhere", exits.CANNOT_WRITE, rank=0, step=1, cause="no disk")
+    assert read_end(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"'])
+def test_a_file_that_is_no_record_counts_as_none(tmp_path: Path, content: str):
+    (tmp_path / "exit.json").write_text(content)
+    assert read_end(tmp_path) == {}
+    begin_life(tmp_path)
+
+
+def test_a_new_life_tells_of_itself_alone(tmp_path: Path):
+    fail(tmp_path, 4)
+    begin_life(tmp_path)
+    assert read_end(tmp_path) == {}
+    record_end(tmp_path, exits.DONE, rank=0, step=9, cause="done")
+    assert (read_end(tmp_path)["code"], read_end(tmp_path)["times"]) == (0, 0)
+
+
+def test_three_failures_in_a_row_at_one_step_are_enough_and_the_remedy_works(tmp_path: Path):
+    for times in (1, 2, 3):
+        fail(tmp_path, 4)
+        assert read_end(tmp_path)["times"] == times
+    for _ in range(2):  # it does not give in when asked again
+        with pytest.raises(
+            RepeatedFailureError, match="failed 3 times in a row at step 4, last with: it broke at 4"
+        ) as e:
+            begin_life(tmp_path)
+    # Whoever reads why still can.
+    assert read_end(tmp_path)["times"] == 3
+    Path(str(e.value).split("delete ")[1].split(" to go on")[0]).unlink()
+    fail(tmp_path, 4)
+    assert read_end(tmp_path)["times"] == 1
+
+
+@pytest.mark.parametrize("between", ["another step", "a stop", "an end", "a kill"])
+def test_failures_are_in_a_row_only_if_nothing_else_came_between(tmp_path: Path, between: str):
+    fail(tmp_path, 4)
+    fail(tmp_path, 4)
+    begin_life(tmp_path)
+    if between == "another step":
+        record_end(tmp_path, exits.BUG, rank=0, step=5, cause="later")
+        assert read_end(tmp_path)["times"] == 1
+    elif between != "a kill":
+        code = exits.STOPPED if between == "a stop" else exits.DONE
+        record_end(tmp_path, code, rank=0, step=4, cause="well")
+        assert read_end(tmp_path)["times"] == 0
+    fail(tmp_path, 4)
+    assert read_end(tmp_path)["times"] == 1
+
+
+def test_a_run_that_fails_thrice_at_one_step_is_not_started_a_fourth_time(data: Path, tmp_path: Path):
+    """As a wrapper does that restarts whatever ends: the remedy lets it go on, once the cause is mended."""
+    run = tmp_path / "run"
+    config = tiny_run(data, run, run={"save_every": 1})
+    for number in range(1, 4):
+        # Each life meets the same error: the injected one happens once, so each has its own.
+        life = lived(with_values(config, debug={"inject": (f"raise:rank=0,step=3,seconds={number}",)}))
+        assert life.codes == [exits.BUG]
+        assert "InjectedError: injected by debug.inject raise:rank=0,step=3" in life.err()
+        end = read_end(run)
+        assert (end["code"], end["rank"], end["step"], end["times"]) == (exits.BUG, 0, 3, number)
+        assert end["cause"].startswith("InjectedError: ")
+    life = lived(config)
+    assert life.codes == [exits.NOT_FINITE]
+    assert "failed 3 times in a row at step 3, last with: InjectedError: injected" in life.err()
+    assert checkpoint.steps(run)[-1] == 2
+    Path(life.err().split("delete ")[1].split(" to go on")[0]).unlink()
+    finished(config)
+    assert (read_end(run)["code"], read_end(run)["step"], read_end(run)["cause"]) == (0, 6, "done")
+
+
+def test_a_rank_that_raises_is_named_and_the_others_end_soon(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = tiny_run(
+        data, run, run={"num_steps": 99, "hang_timeout_s": 2.0}, debug={"inject": ("raise:rank=2,step=5",)}
+    )
+    with Life(config, 3) as life:
+        codes = life.end(timeout_s=20)
+        assert codes[2] == exits.BUG
+        assert set(codes[:2]) == {exits.LOST_RANK}
+    end = read_end(run)
+    assert (end["code"], end["rank"], end["step"]) == (exits.BUG, 2, 5)
+    assert "InjectedError" in end["cause"]
+    assert any("rank 2" in life.err(rank) and "failed at step 5" in life.err(rank) for rank in (0, 1))
