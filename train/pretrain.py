@@ -170,7 +170,8 @@ def _live(config: RunConfig) -> int:
                 if this.is_first:
                     record_end(run, code, rank=0, step=step, cause="done" if code == DONE else "told to stop")
         except BaseException as error:
-            if this.world_size > 1 and ranks.is_lost_connection(error) and (lost := watch.blame()) is not None:
+            if this.world_size > 1 and ranks.is_lost_connection(error):
+                lost = watch.blame(error)
                 record_end(run, LOST_RANK, rank=lost.rank, step=watch.step, cause=str(lost))
                 raise lost from error
             cause = f"{type(error).__name__}: {error}" if exit_code(error) == BUG else str(error)

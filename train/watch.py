@@ -92,14 +92,16 @@ class Watch:
         """Says that this rank gets on, in the phase that it is in."""
         self._since_s = time.monotonic()
 
-    def blame(self) -> LostRankError | None:
-        """Which other rank failed, if this one's collective just did; waits a little for it to show."""
+    def blame(self, error: BaseException) -> LostRankError:
+        """Which other rank failed, now that this one's collective did; waits a little for it to show."""
         deadline_s = time.monotonic() + _SEARCH_S
         while time.monotonic() < deadline_s:
             if (found := self._lost_peer()) is not None:
                 return found
             time.sleep(0.05)
-        return None
+        # It may have died before its first heartbeat.
+        words = str(error).splitlines()[0]
+        return LostRankError(self._rank, f"rank {self._rank} lost another rank, which left no trace: {words}")
 
     def _look(self) -> None:
         while not self._closing.wait(self._beat_s):

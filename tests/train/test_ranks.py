@@ -89,7 +89,7 @@ def test_another_split_into_micro_batches_gives_the_same_weights(data: Path, tmp
     assert largest_difference(run_with(micro_batch), run_with(2)) < 1e-12
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_a_run_resumed_on_another_number_of_ranks_ends_at_the_same_weights(
     data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, before: int, after: int
 ):
