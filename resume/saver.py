@@ -33,6 +33,7 @@ from resume.regions import is_first_replica, local_part, local_region
 # Beside the tensors: the record, the config, file system blocks.
 _EXTRA_BYTES = 4 * 1024 * 1024
 _NICENESS = 10
+_PATIENCE_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,6 +118,11 @@ class Saver:
             self._thread = None
         ended, self._ended = self._ended, None
         return ended
+
+    def close(self) -> None:
+        """Gives a save that is being written when a run ends by an error a little time; it may wait for a lost rank."""
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_S)
 
     def _snapshot(
         self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], config_toml: str

@@ -108,6 +108,7 @@ def open_run(
         before_write=faults.before_write,
     )
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(saver.close)
         feed = Feed(config, ranks, progress.data, ledger, data.training, data.validation)
         cleanup.callback(feed.close)
         progress = Progress(progress.step, feed.state)

@@ -109,7 +109,9 @@ def test_a_pause_shorter_than_the_patience_is_no_hang(data: Path, tmp_path: Path
 
 
 def test_a_run_goes_on_after_a_rank_was_lost(data: Path, tmp_path: Path):
-    config = tiny_run(data, tmp_path / "run", run={"hang_timeout_s": 2.0}, debug={"inject": ("kill:rank=1,step=5",)})
+    # Saved before the training goes on: steps this short would else be killed beside their save.
+    patience = {"hang_timeout_s": 2.0, "async_save": False}
+    config = tiny_run(data, tmp_path / "run", run=patience, debug={"inject": ("kill:rank=1,step=5",)})
     with Life(config, 2) as life:
         life.end(timeout_s=15)
     assert "resuming at step 3" in finished(config, 2).out()
