@@ -190,7 +190,7 @@ class Saver:
         for leftover in self._run.iterdir():  # of a save that was killed, at this step or another
             if re.fullmatch(r"step-\d+\.(tmp|del)", leftover.name):
                 _remove(leftover)
-        refuse_full_disk(self._run, snapshot.size_bytes)
+        _refuse_full_disk(self._run, snapshot.size_bytes)
         aside.mkdir()
 
     def _write_part(self, aside: Path, snapshot: _Snapshot) -> None:
@@ -235,17 +235,13 @@ class Saver:
                 _remove(folder.rename(folder.with_name(folder.name + ".del")))
 
 
-def refuse_full_disk(run: Path, size_bytes: int, count: int = 1) -> None:
-    """Refuses to begin what the disk has no room for: `count` checkpoints of this size.
-
-    Raises:
-        SaveError: says how much is missing.
-    """
-    needed_bytes, free_bytes = count * (size_bytes + _EXTRA_BYTES), shutil.disk_usage(run).free
+def _refuse_full_disk(run: Path, size_bytes: int) -> None:
+    """Refuses to begin what the disk has no room for."""
+    needed_bytes, free_bytes = size_bytes + _EXTRA_BYTES, shutil.disk_usage(run).free
     if free_bytes < needed_bytes:
         raise SaveError(
-            f"{run}: {count} checkpoints need {needed_bytes / 1e9:,.2f} GB, {free_bytes / 1e9:,.2f} GB are free on the "
-            "disk; free some, move the run to a larger one, or lower --run.keep-checkpoints"
+            f"{run}: a checkpoint needs {needed_bytes / 1e9:,.2f} GB, {free_bytes / 1e9:,.2f} GB are free on the disk; "
+            "free some, move the run to a larger one, or lower --run.keep-checkpoints"
         )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from resume.ledger import Ledger
 from resume.manifest import DataError, DataFile, listed_files, refuse_other_tokenizers
 from resume.order import Order
 from resume.samples import SampleReader
-from resume.saver import Saver, refuse_full_disk
+from resume.saver import Saver
 from resume.verify import check_files
 from train import loop, plan
 from train.config import RunConfig, refuse_changes, value_of
@@ -89,7 +89,6 @@ def open_run(
 
     Raises:
         ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or none is good.
-        SaveError: the disk has no room for the checkpoints to come.
     """
     watch.at("start", watch.step)
     run, rejected = Path(config.run.dir), []
@@ -127,10 +126,8 @@ def open_run(
             watch=watch,
             faults=faults,
         )
-        tensors = state_tensors(trainer.model, trainer.optimizer)
         if newest is not None:
-            newest.load_into(tensors)
-        _refuse_full_disk(config, tensors, ranks)
+            newest.load_into(state_tensors(trainer.model, trainer.optimizer))
         if ranks.is_first:
             trainer.log = _open_log(config, data, progress, ranks.world_size)
             cleanup.callback(trainer.log.close)
@@ -164,15 +161,6 @@ def _progress(newest: Checkpoint | None, config: RunConfig, data: Data) -> tuple
     if (length, batch) != (continued.sequence_length, continued.batch.batch_sequences):
         continued = state.set_batch(continued, batch, length)
     return Progress(record["step"], continued), ledger
-
-
-def _refuse_full_disk(config: RunConfig, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Refuses to begin a run whose disk is too small: found in the middle of the night, it costs more."""
-    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    run, run_steps = Path(config.run.dir), config.run.num_steps // config.run.save_every + 1
-    # One more than are kept, because the oldest is deleted after the newest is there.
-    count = min(config.run.keep_checkpoints + 1, run_steps) - len(checkpoint.steps(run))
-    ranks.from_first(lambda: refuse_full_disk(run, size_bytes, count) if count > 0 else None)
 
 
 def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:

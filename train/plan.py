@@ -11,6 +11,7 @@ from data_prep.config_file import ConfigError, to_toml
 from data_prep.manifest import Manifest
 from model.config import ModelConfig
 from model.flops import flops_per_token, num_params
+from resume import checkpoint
 from train.config import RunConfig
 from train.sharding import compute_dtype
 
@@ -110,7 +111,7 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
     memory = estimate_memory(config, device_type, world_size)
     flops = flops_per_token(config.model, config.data.sequence_length)
     tokens = config.batch_tokens * config.run.num_steps
-    num_checkpoints = -(-config.run.num_steps // config.run.save_every)
+    num_checkpoints = _num_checkpoints(config)
     one_checkpoint = checkpoint_bytes(config.model, dtype)
     for_ever = config.run.num_steps // config.run.keep_every if config.run.keep_every is not None else 0
     num_kept = min(num_checkpoints, config.run.keep_checkpoints + for_ever)
@@ -201,12 +202,21 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    # One being written beside the kept ones; those already there take no new space, so this errs on the safe side.
-    wanted = 2 * checkpoint_bytes(config.model, dtype)
+    # One is written beside those that are kept. Of those that are there already no more count than will make room:
+    # run.keep_every may keep others for ever.
+    num_to_come = min(config.run.keep_checkpoints + 1, _num_checkpoints(config)) - min(
+        config.run.keep_checkpoints, len(checkpoint.steps(Path(config.run.dir)))
+    )
+    wanted = num_to_come * checkpoint_bytes(config.model, dtype)
     if free < wanted:
         raise ConfigError(
-            f"{folder} has {_gib(free)} free, two checkpoints need {_gib(wanted)}; free some or set another --run.dir"
+            f"{folder} has {_gib(free)} free, the {num_to_come} checkpoints to come need {_gib(wanted)}; free some, "
+            "lower --run.keep-checkpoints, or set another --run.dir"
         )
+
+
+def _num_checkpoints(config: RunConfig) -> int:
+    return -(-config.run.num_steps // config.run.save_every)
 
 
 def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:

@@ -323,7 +323,7 @@ def test_a_disk_that_runs_full_while_writing_keeps_the_older_checkpoint_and_is_u
         assert first == "None"
         assert "No space left on device" in full
         assert left == "step-1"
-        assert "checkpoints need 0.01 GB, 0.00 GB are free" in refused
+        assert "a checkpoint needs 0.01 GB, 0.00 GB are free" in refused
         assert (again, final) == ("None", "step-4")
 
 

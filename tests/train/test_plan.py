@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,9 +112,25 @@ def test_what_cannot_fit_is_said_before_anything_is_allocated(tmp_path: Path, mo
         plan.refuse_impossible(config, "cpu", 1, 1)
 
 
-def test_a_disk_too_small_for_two_checkpoints_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import shutil
+@pytest.mark.parametrize(
+    ("num_held", "num_to_come"),
+    [(0, 4), (2, 2), (3, 1), (7, 1)],
+    ids=["none yet", "two", "as many as are kept", "some of them for ever"],
+)
+def test_a_disk_too_small_for_the_checkpoints_to_come_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_held: int, num_to_come: int
+):
+    run = {"num_steps": 90, "save_every": 9, "keep_checkpoints": 3}
+    config = tiny_run(tmp_path / "nowhere", tmp_path / "run", run=run)
+    for number in range(num_held):
+        (tmp_path / "run" / f"step-{9 * number + 9}").mkdir(parents=True)
+    needed = num_to_come * plan.checkpoint_bytes(config.model, torch.float32)
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ConfigError, match=r"free, two checkpoints need"):
-        plan.refuse_impossible(tiny_run(tmp_path / "nowhere", tmp_path / "run"), "cpu", 1, 1)
+    def refuse(free: int) -> None:
+        usage = shutil._ntuple_diskusage(free, 0, free)  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        plan.refuse_impossible(config, "cpu", 1, 1)
+
+    refuse(needed)
+    with pytest.raises(ConfigError, match=f"free, the {num_to_come} checkpoints to come need"):
+        refuse(needed - 1)
