@@ -220,10 +220,13 @@ def _queue_skip(config: RunConfig, ranks: "Ranks", back: "RollBackError") -> Non
 
     def queue() -> None:
         run = Path(config.run.dir)
-        to_step = (checkpoint.steps(run) or [0])[-1]
+        newest = checkpoint.latest(run)
+        # A number that the checkpoint has passed would not be taken up, even if its file is gone.
+        record = checkpoint.read_record(newest) if newest else {"step": 0, "data": {"requests_taken": 0}}
+        to_step = record["step"]
         because = f"rolled back from step {back.step} to {to_step}, {back}"
         request = {"kind": "skip", "num_steps": back.step - to_step, "for_good": False, "because": because}
-        number = requests.queue(run, request)
+        number = requests.queue(run, request, record["data"]["requests_taken"])
         print(f"ROLLBACK to step {to_step}, request {number}: {requests.describe(request)}", flush=True)
 
     ranks.from_first(queue)

@@ -450,6 +450,18 @@ def test_going_back_is_bounded_and_then_ends_the_run(data: Path, tmp_path: Path)
     agrees(run, data)
 
 
+def test_a_run_that_goes_back_asks_under_a_number_that_was_never_given(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    finished(recording(data, run, run={"num_steps": 3}))
+    assert resume("skip", run, "--steps", 1)[0] == 0
+    finished(recording(data, run))
+    (run / "requests" / "0001.json").unlink()
+    life = finished(recording(data, run, run={"num_steps": 9}, guard=BACK, debug=nans(8)))
+    assert "ROLLBACK to step 6, request 2: skip of 2 steps" in life.out()
+    assert "request 2 taken up at step 6" in life.out()
+    agrees(run, data)
+
+
 def test_a_run_without_patience_never_goes_back(data: Path, tmp_path: Path):
     config = recording(data, tmp_path / "run", guard={**BACK, "max_rollbacks": 0}, debug=nans(5))
     life = lived(config)
