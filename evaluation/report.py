@@ -94,7 +94,7 @@ def _lines(
     facts = [
         ("parameters", f"{num_params(model):,}"),
         ("model FLOPs per token", f"{flops_per_token(model, config['data']['sequence_length']):.4g}"),
-        ("steps", f"{last['step']:,} of {config['run']['num_steps']:,}, {num_skipped} skipped as not finite"),
+        ("steps", f"{last['step']:,} of {config['run']['num_steps']:,}, {num_skipped} skipped by the guard"),
         ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.3f} epochs)"),
         ("last training loss", f"{last['loss']:.4f}"),
         ("tokens/s per device, median", f"{speed:,.0f}"),
