@@ -16,7 +16,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import torch
 
-from tests.processes import free_port
+from tests.processes import free_port, rank_environment
 from train import pretrain
 from train.config import RunConfig
 from train.exits import BUG, DONE
@@ -131,15 +131,7 @@ class Life:
             for name, descriptor in (("out", 1), ("err", 2)):
                 os.dup2(os.open(self._said / f"{rank}.{name}", os.O_WRONLY | os.O_APPEND), descriptor)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(num_ranks),
-                LOCAL_WORLD_SIZE=str(num_ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                GLOO_SOCKET_IFNAME="lo",
-            )
+            os.environ.update(rank_environment(rank, num_ranks, port))
             before(rank)
             code = pretrain.pretrain(config)
         except BaseException as error:

@@ -41,21 +41,26 @@ def _child(function: Callable[[int], Any], rank: int, world_size: int, port: int
     gc.freeze()  # what the parent left behind is not for the child to collect: a group's end waits for its threads
     try:
         torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            GLOO_SOCKET_IFNAME="lo",
-        )
+        os.environ.update(rank_environment(rank, world_size, port))
         torch.save(function(rank), folder / f"rank-{rank}.result")
         code = 0
     except BaseException:
         (folder / f"rank-{rank}.error").write_text(traceback.format_exc())
     finally:
         os._exit(code)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
 
 
 def _wait(children: dict[int, int], deadline: float) -> list[int]:

@@ -5,10 +5,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resume import checkpoint
 from resume.saver import Saver
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    """A few small tensors, of several dtypes and ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.a": torch.randn(5, 3, generator=generator),
+        "model.b": torch.randn(7, generator=generator).bfloat16(),
+        "optim.a.step": torch.tensor(3.0),
+    }
 
 
 def save(

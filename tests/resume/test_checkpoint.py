@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 from resume import checkpoint, tensor_file
 from resume.checkpoint import CheckpointError, SaveError
 from resume.regions import Region
-from tests.records import rewrite, save
-
-
-def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "model.a": torch.randn(5, 3, generator=generator),
-        "model.b": torch.randn(7, generator=generator).bfloat16(),
-        "optim.a.step": torch.tensor(3.0),
-    }
+from tests.records import rewrite, save, tensors
 
 
 @pytest.fixture

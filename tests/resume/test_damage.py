@@ -12,18 +12,9 @@ import torch.distributed as dist
 from resume import checkpoint
 from resume.checkpoint import CheckpointError, DamagedError
 from tests.processes import run_ranks
-from tests.records import rewrite, save
+from tests.records import rewrite, save, tensors
 
 RECORD = {"loss": 1e-05, "data": {"position": 4, "files": ["données"]}, "guard": [0.25, 1e300, None]}
-
-
-def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "model.a": torch.randn(5, 3, generator=generator),
-        "model.b": torch.randn(7, generator=generator).bfloat16(),
-        "optim.a.step": torch.tensor(3.0),
-    }
 
 
 def save_steps(run: Path, *steps: int) -> Path:
