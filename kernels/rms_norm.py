@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import num_persistent_programs, rows_of, runs_triton
+from kernels.launch import num_persistent_programs, num_warps, rows_of, runs_triton, sum_dtype
 
 # One row lives in the registers of one program.
 MAX_WIDTH = 65_536
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: w does not match x, or the row is wider than MAX_WIDTH.
     """
     _check(x, None, w)
-    if not runs_triton(x):
+    if not runs_triton("rms_norm", x):
         return rms_norm_reference(x, w, eps)
     y, _, _ = torch.ops.bessemer.rms_norm(x, None, w, eps)
     return y
@@ -46,7 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6) -> t
         ValueError: shapes or dtypes of x, residual and w do not agree, or the row is wider than MAX_WIDTH.
     """
     _check(x, residual, w)
-    if not runs_triton(x):
+    if not runs_triton("rms_norm", x):
         return add_rms_norm_reference(x, residual, w, eps)
     y, h, _ = torch.ops.bessemer.rms_norm(x, residual, w, eps)
     return y, h
@@ -85,13 +85,13 @@ def _forward_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tu
     num_rows, width = x_MN.shape
     y_MN = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     h_MN = torch.empty_like(y_MN) if residual is not None else y_MN
-    rstd_M = torch.empty(num_rows, dtype=_sum_dtype(x), device=x.device)
+    rstd_M = torch.empty(num_rows, dtype=sum_dtype(x), device=x.device)
     block_width, rows_per_tile = _tile(width)
     if num_rows:
         _forward_kernel[(-(-num_rows // rows_per_tile),)](
             x_MN, x_MN.stride(0), residual_MN, residual_MN.stride(0), w.contiguous(), y_MN, h_MN, rstd_M, num_rows,
             eps=eps, width=width, HAS_RESIDUAL=residual is not None, IN_FP64=x.dtype == torch.float64,
-            ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
+            ROWS=rows_per_tile, BLOCK=block_width, num_warps=num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     h = h_MN.view(x.shape) if residual is not None else x.new_empty(0)
     return y_MN.view(x.shape), h, rstd_M
@@ -101,7 +101,7 @@ def _forward_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tu
 def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    return y, h, x.new_empty(x.numel() // max(1, x.shape[-1]), dtype=_sum_dtype(x))
+    return y, h, x.new_empty(x.numel() // max(1, x.shape[-1]), dtype=sum_dtype(x))
 
 
 @torch.library.custom_op("bessemer::rms_norm_backward", mutates_args=())
@@ -114,12 +114,12 @@ def _backward_op(dy: Tensor, dh: Tensor | None, h: Tensor, w: Tensor, rstd_M: Te
     num_tiles = -(-num_rows // rows_per_tile)
     num_programs = num_persistent_programs(h, num_tiles)
     # Every program writes its row, also when it got no tile, so nothing here is read unwritten.
-    partial_dw_PN = torch.empty((num_programs, width), dtype=_sum_dtype(h), device=h.device)
+    partial_dw_PN = torch.empty((num_programs, width), dtype=sum_dtype(h), device=h.device)
     _backward_kernel[(num_programs,)](
         dy_MN, dy_MN.stride(0), dh_MN, dh_MN.stride(0), h_MN, h_MN.stride(0), w.contiguous(), rstd_M, dx_MN,
         partial_dw_PN, num_rows, width=width, HAS_DH=dh is not None, IN_FP64=h.dtype == torch.float64,
         TILES=-(-num_tiles // num_programs),
-        ROWS=rows_per_tile, BLOCK=block_width, num_warps=_num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
+        ROWS=rows_per_tile, BLOCK=block_width, num_warps=num_warps(block_width * rows_per_tile),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dx_MN.view(h.shape), partial_dw_PN.sum(dim=0).to(w.dtype)
 
@@ -150,18 +150,10 @@ def _backward(ctx, dy: Tensor | None, dh: Tensor | None, _drstd: Tensor | None):
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _tile(width: int) -> tuple[int, int]:
     """(columns, rows) of one tile: a whole row, and as many rows as keep the tile near _TILE_ELEMENTS."""
     block_width = 1 << (width - 1).bit_length()  # tl.arange wants a power of two
     return block_width, max(1, _TILE_ELEMENTS // block_width)
-
-
-def _num_warps(tile_elements: int) -> int:
-    return max(4, min(32, tile_elements // 512))
 
 
 # --- Kernels. eps and width are constexpr: a Python float argument would become fp64 under Inductor.

@@ -14,6 +14,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import rms_norm
+from kernels.launch import num_warps
 
 capability, dtype, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 block_width, rows = rms_norm._tile(width)
@@ -30,7 +31,7 @@ for kernel, flag in ((rms_norm._forward_kernel, "HAS_RESIDUAL"), (rms_norm._back
             for name in kernel.arg_names
         }
         indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        options = {"num_warps": rms_norm._num_warps(block_width * rows)}
+        options = {"num_warps": num_warps(block_width * rows)}
         source = ASTSource(fn=kernel, signature=signature, constexprs=indices)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(kernel.fn.__name__, fused, len(compiled.asm["cubin"]))
