@@ -1,4 +1,4 @@
-"""Causal grouped-query attention behind one contract: flash-attn on CUDA where it is installed, torch's SDPA elsewhere.
+"""Causal grouped-query attention behind one contract: torch's fused kernels, chosen by device and by config.
 
     o[t, h] = sum_s softmax_s(q[t, h] . k[s, g(h)] / sqrt(K)) v[s, g(h)],   g(h) = floor(h G / H)
 
@@ -9,13 +9,31 @@ Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (grouped queries); 
 Shapes: q (B, T, H, K); k, v (B, S, G, K), S >= T, H a multiple of G -> o (B, T, H, K).
 """
 
+import contextlib
 import dataclasses
-import functools
 import importlib.util
+import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from kernels.launch import KernelError, chosen
+
+# Since torch 2.12 fewer key heads have to be announced.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Packages of the flash-attn project that torch can run in place of its own copy of FlashAttention 2.
+_PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,24 +41,22 @@ class DocumentBoundaries:
     """Which tokens of a packed batch belong together, in the two forms the implementations want.
 
     Shapes: ids_BT int32, equal ids = same document; cumulative_lengths (documents + 1,) int32 over the B*T tokens in
-    row-major order, rows always starting a document; longest: tokens of the longest document.
+    row-major order, rows always starting a document.
     """
 
     ids_BT: Tensor
     cumulative_lengths: Tensor
-    longest: int
 
     def to(self, device: torch.device) -> "DocumentBoundaries":
         """The same boundaries on another device."""
-        return DocumentBoundaries(
-            self.ids_BT.to(device, non_blocking=True),
-            self.cumulative_lengths.to(device, non_blocking=True),
-            self.longest,
-        )
+        cumulative_lengths = self.cumulative_lengths.to(device, non_blocking=True)
+        # The number of documents differs in every batch: without this, each would be compiled anew.
+        torch._dynamo.mark_dynamic(cumulative_lengths, 0)
+        return DocumentBoundaries(self.ids_BT.to(device, non_blocking=True), cumulative_lengths)
 
     def pinned(self) -> "DocumentBoundaries":
         """The same boundaries in page-locked memory."""
-        return DocumentBoundaries(self.ids_BT.pin_memory(), self.cumulative_lengths.pin_memory(), self.longest)
+        return DocumentBoundaries(self.ids_BT.pin_memory(), self.cumulative_lengths.pin_memory())
 
 
 def document_boundaries(tokens_BT: Tensor, eos_id: int) -> DocumentBoundaries:
@@ -50,9 +66,39 @@ def document_boundaries(tokens_BT: Tensor, eos_id: int) -> DocumentBoundaries:
     starts_BT[:, 1:] = tokens_BT[:, :-1] == eos_id
     starts = torch.nonzero(starts_BT.flatten()).flatten().to(torch.int32)
     ends = torch.tensor([tokens_BT.numel()], dtype=torch.int32, device=tokens_BT.device)
-    cumulative_lengths = torch.cat((starts, ends))
-    longest = int(cumulative_lengths.diff().max())
-    return DocumentBoundaries(starts_BT.flatten().cumsum(0).view_as(starts_BT).int(), cumulative_lengths, longest)
+    return DocumentBoundaries(starts_BT.flatten().cumsum(0).view_as(starts_BT).int(), torch.cat((starts, ends)))
+
+
+@contextlib.contextmanager
+def attention_by(choice: str, device: torch.device) -> Iterator[None]:
+    """What attention runs by, in the order of preference that this choice means on this device.
+
+    auto: on Hopper and later FlashAttention 3 where the flash-attn project's package for it is installed, else cuDNN,
+    which is ahead of torch's own FlashAttention 2 there; torch's own order elsewhere. A kernel that cannot run a case
+    leaves it to the next one.
+
+    Raises:
+        KernelError: the choice's package is not installed, or there is no CUDA device for it.
+    """
+    if device.type != "cuda":
+        if choice not in ("auto", "math"):
+            raise KernelError(f'kernels.attention = "{choice}" is for CUDA devices, this run is on the {device.type}')
+        yield
+        return
+    if choice == "auto":
+        is_hopper = torch.cuda.get_device_capability(device)[0] >= 9
+        choice = ("fa3" if _is_installed(_PACKAGES["fa3"]) else "cudnn") if is_hopper else "flash"
+    if choice in _PACKAGES:
+        if not _is_installed(_PACKAGES[choice]):
+            raise KernelError(
+                f'kernels.attention = "{choice}" needs the package {_PACKAGES[choice]} of the flash-attn project; '
+                'install it, or choose "cudnn" or "flash"'
+            )
+        activate_flash_attention_impl(choice.upper())
+        choice = "flash"
+    others = [name for name in ("flash", "efficient", "math") if name != choice]
+    with sdpa_kernel([_BACKENDS[name] for name in (choice, *others)], set_priority=True):
+        yield
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, boundaries: DocumentBoundaries | None = None) -> Tensor:
@@ -62,10 +108,9 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, boundaries: Docume
         ValueError: head counts or lengths do not fit, or boundaries are given with a cache (S > T).
     """
     _check(q_BTHK, k_BSGK, v_BSGK, boundaries)
-    if q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16) and has_flash_attn():
-        if boundaries is not None:
-            return _flash_documents(q_BTHK, k_BSGK, v_BSGK, boundaries)  # pyright: ignore[reportCallIssue]
-        return _flash(q_BTHK, k_BSGK, v_BSGK)
+    is_half = q_BTHK.dtype in (torch.bfloat16, torch.float16)
+    if boundaries is not None and q_BTHK.is_cuda and is_half and chosen("attention") not in ("efficient", "math"):
+        return _by_document(q_BTHK, k_BSGK, v_BSGK, boundaries)
     return attention_reference(q_BTHK, k_BSGK, v_BSGK, boundaries)
 
 
@@ -90,10 +135,11 @@ def attention_reference(
     return o_BHTK.transpose(1, 2)
 
 
-@functools.cache
-def has_flash_attn() -> bool:
-    """Whether the optional flash-attn package is installed."""
-    return importlib.util.find_spec("flash_attn") is not None
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
 
 
 def _mask(num_queries: int, num_keys: int, boundaries: DocumentBoundaries | None, device) -> Tensor | None:
@@ -107,21 +153,15 @@ def _mask(num_queries: int, num_keys: int, boundaries: DocumentBoundaries | None
     return (allowed_TS & same_document_BTT)[:, None]
 
 
-def _flash(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, causal=True)
-
-
-@torch.compiler.disable  # the number of documents and the longest one differ in every batch: each would be compiled
-def _flash_documents(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, boundaries: DocumentBoundaries) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    lengths, longest = boundaries.cumulative_lengths, boundaries.longest
-    o_MHK = flash_attn_varlen_func(
+def _by_document(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, boundaries: DocumentBoundaries) -> Tensor:
+    """FlashAttention over rows of documents of any lengths, without a mask."""
+    # The longest document would do as a bound, but each length would be compiled; T costs blocks that end at once.
+    lengths, longest = boundaries.cumulative_lengths, q_BTHK.shape[1]
+    o_MHK = varlen_attn(
         q_BTHK.flatten(0, 1), k_BTGK.flatten(0, 1), v_BTGK.flatten(0, 1),
-        lengths, lengths, longest, longest, causal=True,
+        lengths, lengths, longest, longest, window_size=(-1, 0), **_GROUPED,
     )  # fmt: skip
+    assert isinstance(o_MHK, Tensor)  # no auxiliary results were asked for
     return o_MHK.view_as(q_BTHK)
 
 

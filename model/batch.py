@@ -59,7 +59,8 @@ class TokenRows:
         targets = _widened(narrow[:, 1:])
         num_targets = self.num_targets
         if num_targets < targets.numel():
-            ends = torch.tensor(self.row_targets, dtype=torch.int64).to(device)
+            ends = torch.tensor(self.row_targets, dtype=torch.int64, pin_memory=self.tokens.is_pinned())
+            ends = ends.to(device, non_blocking=True)
             behind_end = torch.arange(targets.shape[1], device=device) >= ends[:, None]
             targets = targets.masked_fill(behind_end, IGNORE)
         boundaries = self.boundaries.to(device) if self.boundaries is not None else None

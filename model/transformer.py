@@ -1,11 +1,13 @@
 """The decoder: embedding, pre-norm blocks, final norm, output head."""
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels.attention import DocumentBoundaries
 from kernels.rope import rope_tables
@@ -24,6 +26,16 @@ def logits(hidden_BTD: Tensor, head_VD: Tensor) -> Tensor:
     return F.linear(hidden_BTD, head_VD)
 
 
+# Matrix products and attention: what costs time to compute again. All else in a block moves few bytes.
+_DEAR = frozenset({"mm", "addmm", "bmm", "_scaled_mm", "_varlen_attn"})
+
+
+def _keep_what_is_dear(_context, op, *_arguments, **_options) -> CheckpointPolicy:
+    name = op.overloadpacket.__name__
+    is_dear = name in _DEAR or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(.)); `recompute` trades a second forward for the block's activations."""
 
@@ -33,7 +45,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False
+        self.recompute: Literal["nothing", "cheap", "blocks"] = "nothing"
 
     def forward(
         self,
@@ -44,7 +56,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute == "blocks" and torch.is_grad_enabled():
             # Inside the module, so that FSDP gathers once around both runs, and parameter names stay as they are.
             return checkpoint(self._body, x_BTD, cos_TK, sin_TK, boundaries, cache, use_reentrant=False)
         return self._body(x_BTD, cos_TK, sin_TK, boundaries, cache)
@@ -53,7 +65,14 @@ class Block(nn.Module):
         """Compiles what forward does, inside FSDP's hooks and inside recomputation, which stay eager."""
         self._body = torch.compile(self._body, dynamic=False)
 
-    def _body(self, x_BTD, cos_TK, sin_TK, boundaries, cache) -> Tensor:
+    def _body(self, *inputs) -> Tensor:
+        if self.recompute == "cheap" and torch.is_grad_enabled():
+            # Inside what is compiled, because it goes by operators.
+            contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
+            return checkpoint(self._mix, *inputs, use_reentrant=False, context_fn=contexts)
+        return self._mix(*inputs)
+
+    def _mix(self, x_BTD, cos_TK, sin_TK, boundaries, cache) -> Tensor:
         attended_BTD = self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK, boundaries, cache)
         normed_BTD, x_BTD = self.mlp_norm.add(attended_BTD, x_BTD)
         return x_BTD + self.mlp(normed_BTD)

@@ -15,6 +15,8 @@ from data_prep.config_file import ConfigError, keys, load, to_toml
 from data_prep.manifest import Manifest, merged, read_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from evaluation.score import Score, padded_token_bytes, score, shard_batches
+from kernels import launch
+from kernels.attention import attention_by
 from model.batch import TokenRows
 from model.convert import read_hugging_face
 from model.init import initial_value
@@ -97,6 +99,7 @@ def open_run(
     if ranks.is_first:
         drop_samples_after(run, progress.step)
     _refuse_disagreement(config, progress, ranks)
+    launch.choose(dataclasses.asdict(config.kernels))
     model = build_model(config.model, config.parallel, ranks, _initial_values(config, resuming=newest is not None))
     faults = Faults(run, config.debug.inject, ranks.rank)
     saver = Saver(
@@ -108,6 +111,7 @@ def open_run(
     )
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(saver.close)
+        cleanup.enter_context(attention_by(config.kernels.attention, ranks.device))
         feed = Feed(config, ranks, progress.data, ledger, data.training, data.validation)
         cleanup.callback(feed.close)
         progress = Progress(progress.step, feed.state)

@@ -36,7 +36,13 @@ CHANGEABLE_ON_RESUME = (
     "parallel.replicas",
     "parallel.reshard_after_forward",
     "parallel.compile",
-    "parallel.recompute_blocks",
+    "parallel.recompute",
+    "kernels.rms_norm",
+    "kernels.rope",
+    "kernels.swiglu",
+    "kernels.cross_entropy",
+    "kernels.linear_cross_entropy",
+    "kernels.attention",
     "guard.on_nonfinite",
     "guard.on_spike",
     "guard.sigma",
@@ -153,6 +159,10 @@ class OptimSection:
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the training loss, which keeps logits from drifting; PaLM has 1e-4."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary in the training loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,12 +176,34 @@ class ParallelSection:
     computes in fp32 and sums gradients in fp64: the same bits on any number of devices."""
     replicas: int = 1
     """Copies of the sharded model (HSDP): set it to the number of nodes to shard inside a node only."""
-    reshard_after_forward: bool = False
-    """Whether gathered weights are freed between forward and backward (less memory, one more gather)."""
+    reshard_after_forward: Literal["auto", "on", "off"] = "auto"
+    """Whether gathered weights are freed between forward and backward: less memory, one more gather. auto: on where
+    they would fill more than a tenth of the device."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on CUDA only."""
-    recompute_blocks: bool = False
-    """Activation checkpointing: keep only the input of each block and run it again in the backward."""
+    recompute: Literal["nothing", "cheap", "blocks"] = "nothing"
+    """What the backward computes again instead of keeping it: of each block what is cheap (norms, RoPE, the SwiGLU
+    product), or the whole block."""
+    float8: bool = False
+    """Whether the blocks' matrix products run in float8, on Hopper and later; needs torchao."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelSection:
+    """What computes each operator: torch in place of our own kernel, to find a fault. auto: what suits the device."""
+
+    rms_norm: Literal["auto", "triton", "torch"] = "auto"
+    """RMSNorm, alone and with the residual addition before it."""
+    rope: Literal["auto", "triton", "torch"] = "auto"
+    """Rotary positions."""
+    swiglu: Literal["auto", "triton", "torch"] = "auto"
+    """The SwiGLU product."""
+    cross_entropy: Literal["auto", "triton", "torch"] = "auto"
+    """Cross-entropy and its gradient."""
+    linear_cross_entropy: Literal["auto", "chunked", "whole"] = "auto"
+    """The output head together with the loss: logits of a part of the rows at a time, or of all."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4"] = "auto"
+    """Torch's attention kernels, or FlashAttention 3 or 4 of the flash-attn project's packages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +243,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("tinyllama-1.1b"))
     optim: OptimSection = field(default_factory=OptimSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    kernels: KernelSection = field(default_factory=KernelSection)
     guard: GuardSection = field(default_factory=GuardSection)
     debug: DebugSection = field(default_factory=DebugSection)
 
@@ -231,10 +264,10 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} = {value_of(self, name)}: must be finite (a very large number means no limit)"
                 )
-        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay", "guard.max_rollbacks"):
+        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay", "optim.z_loss", "guard.max_rollbacks"):
             if value_of(self, name) < 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must not be negative")
-        for name in ("optim.beta1", "optim.beta2"):
+        for name in ("optim.beta1", "optim.beta2", "optim.label_smoothing"):
             if not 0 <= value_of(self, name) < 1:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must be at least 0 and below 1")
         if not 0 <= self.optim.min_lr_ratio <= 1:

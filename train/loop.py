@@ -1,9 +1,11 @@
 """The one training loop: every kind of training is this loop with another objective and other data."""
 
+import contextlib
 import dataclasses
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +33,9 @@ from train.schedule import learning_rate
 from train.sharding import reshard, sync_gradients
 from train.signals import StopRequest
 from train.watch import Watch
+
+# Steps between collections of reference cycles.
+_COLLECT_EVERY = 100
 
 
 class HostBatch(Protocol):
@@ -107,6 +112,20 @@ class StepOutcome:
     stop_requested: bool
 
 
+@contextlib.contextmanager
+def _garbage_collected_between_steps() -> Iterator[None]:
+    """Python's own collections come at any allocation, on another rank at another time, and all wait for that rank."""
+    gc.collect()
+    gc.freeze()  # what a run has made by now lives as long as it: no collection need look at it again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@_garbage_collected_between_steps()
 def train(trainer: Trainer, progress: Progress) -> Progress:
     """Trains from `progress` to the end of the run, or until told to stop; saves and validates on the way.
 
@@ -151,6 +170,8 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
             save(trainer, progress, outcome.loss_mean)
             saved_step = progress.step
         _note_saved(trainer, trainer.saver.finished())
+        if progress.step % _COLLECT_EVERY == 0:
+            gc.collect()
     finish_save(trainer)
     return progress
 
@@ -165,13 +186,7 @@ def train_step(
     """
     model, ranks = trainer.model, trainer.ranks
     divisor = max(1, num_targets)  # a step may have no targets, if all its samples are quarantined
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for i, batch in enumerate(micro_batches):
-        trainer.watch.at("forward", step)
-        sync_gradients(model, is_last=i == len(micro_batches) - 1)
-        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, batch.to(ranks.device)), step)
-        (micro_loss_sum / divisor).backward()
-        loss_sum += micro_loss_sum.detach()
+    loss_sum = accumulate_gradients(trainer, micro_batches, divisor, step)
     trainer.watch.at("reduce", step)
     # One collective and one wait for the device per step: loss, gradient norm, and whether anyone was told to stop.
     total_loss, squared_norm, num_stops = ranks.sum_all(
@@ -193,6 +208,22 @@ def train_step(
         verdict=verdict,
         stop_requested=num_stops > 0,
     )
+
+
+def accumulate_gradients(trainer: Trainer, micro_batches: Sequence[HostBatch], divisor: int, step: int) -> Tensor:
+    """Adds the gradients of losses / divisor to the model's and returns this rank's loss sum, on the device.
+
+    Nothing in here waits for the device, so that it always has the next kernels queued.
+    """
+    model, device = trainer.model, trainer.ranks.device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for i, batch in enumerate(micro_batches):
+        trainer.watch.at("forward", step)
+        sync_gradients(model, is_last=i == len(micro_batches) - 1)
+        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, batch.to(device)), step)
+        (micro_loss_sum / divisor).backward()
+        loss_sum += micro_loss_sum.detach()
+    return loss_sum
 
 
 def save(trainer: Trainer, progress: Progress, loss: float | None = None) -> None:

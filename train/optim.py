@@ -59,12 +59,11 @@ def squared_grad_norm(model: nn.Module, rank: int) -> Tensor:
     The shares of all ranks add up to the norm's square whatever the sharding: of replicas only the first one counts.
     fp64 hides the order of summation, so that clipping does the same on any number of ranks.
     """
-    shares = [
-        torch.linalg.vector_norm(local_part(p.grad), dtype=torch.float64).square()
-        for p in model.parameters()
-        if p.grad is not None and is_first_replica(p.grad, rank)
-    ]
-    return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64)
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None and is_first_replica(p.grad, rank)]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
 
 
 def scale_gradients(model: nn.Module, factor: float) -> None:

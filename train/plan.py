@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,7 @@ from model.config import ModelConfig
 from model.flops import flops_per_token, num_params
 from resume import checkpoint
 from train.config import RunConfig
-from train.sharding import compute_dtype
+from train.sharding import compute_dtype, reshards_after_forward
 
 _GIB = 2**30
 # What the allocator, the framework and the collectives take beside the tensors counted here.
@@ -38,22 +39,26 @@ class Memory:
 
 
 def activation_bytes_per_token(
-    model: ModelConfig, compute_bytes: int, *, recompute_blocks: bool, fused_norms: bool
+    model: ModelConfig, compute_bytes: int, *, recompute: Literal["nothing", "cheap", "blocks"], fused: bool
 ) -> int:
     """Bytes that the forward keeps for the backward, per token of the micro-batch, logits apart.
 
-    Of each block: the inputs and outputs of both norms (and, where they are not fused, what lies between), q, k and v
-    before and after RoPE, attention's output and log-sum-exp, the packed gate|up, silu(gate) and the product. With
-    recomputation: the input of each block, and the whole of the one being run again.
+    Of each block: the inputs and outputs of both norms, q, k and v after RoPE, attention's output and log-sum-exp, the
+    packed gate|up and the SwiGLU product; without our fused kernels also what lies inside the norms, q, k and v before
+    RoPE, and silu(gate). What is cheap to compute again leaves the matrix products and attention; "blocks" leaves the
+    input of each block. Either way the whole of the block being run again is there beside.
     """
     d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
-    norm = 2 * d if fused_norms else 3 * d
-    elements = 2 * norm + (q + 2 * kv) + (q + kv) + q + 4 * f
-    if model.qk_norm and not fused_norms:
+    norm = 2 * d if fused else 3 * d
+    elements = 2 * norm + (q + 2 * kv) + q + 3 * f
+    if not fused:
+        elements += (q + kv) + f
+    if model.qk_norm:
         elements += q + kv
     block = elements * compute_bytes + 4 * model.num_heads
-    blocks = model.num_layers * d * compute_bytes + block if recompute_blocks else model.num_layers * block
-    return blocks + norm * compute_bytes
+    products = (2 * d + (q + 2 * kv) + q + 2 * f) * compute_bytes + 4 * model.num_heads
+    kept = {"nothing": block, "cheap": products, "blocks": d * compute_bytes}[recompute]
+    return model.num_layers * kept + (block if recompute != "nothing" else 0) + norm * compute_bytes
 
 
 def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Memory:
@@ -70,7 +75,9 @@ def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Mem
         # Without resharding all weights stay gathered; with it, the two blocks in flight and the embeddings do.
         embeddings = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_embeddings else 2)
         per_block = (parameters - embeddings) // config.model.num_layers
-        gathered = compute_bytes * (embeddings + 2 * per_block if config.parallel.reshard_after_forward else parameters)
+        device_bytes = device_memory_bytes("cuda", 1) if device_type == "cuda" else None
+        reshards = reshards_after_forward(config.model, config.parallel, dtype, device_bytes)
+        gathered = compute_bytes * (embeddings + 2 * per_block if reshards else parameters)
     gradients = held
     if is_sharded and config.num_micro_batches(world_size) > 1:
         gradients += parameters * master_bytes  # whole sums of the accumulated micro-batches, not yet scattered
@@ -78,8 +85,8 @@ def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Mem
     per_token = activation_bytes_per_token(
         config.model,
         compute_bytes,
-        recompute_blocks=config.parallel.recompute_blocks,
-        fused_norms=device_type == "cuda",
+        recompute=config.parallel.recompute,
+        fused=device_type == "cuda",
     )
     # Logits in the compute dtype and their log-probabilities, over which the gradient is written, in at least fp32.
     logit_bytes = config.model.vocab_size * (compute_bytes + max(4, compute_bytes))
@@ -195,8 +202,8 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
         raise ConfigError(
             f"one step needs about {_gib(needed)} per device, this machine has {_gib(available)} for each of its "
             f"{local_world_size} process(es); lower --data.micro-batch-sequences "
-            f"(now {config.data.micro_batch_sequences}), set --parallel.recompute-blocks True, use more devices, or "
-            "choose a smaller model"
+            f"(now {config.data.micro_batch_sequences}), set --parallel.recompute cheap or blocks, use more devices, "
+            "or choose a smaller model"
         )
     folder = Path(config.run.dir).absolute()
     while not folder.exists():

@@ -68,6 +68,7 @@ def exit_code(error: BaseException) -> int:
     from data_prep.manifest import ManifestError
     from data_prep.shards import ShardError
     from data_prep.tokenizer import TokenizerError
+    from kernels.launch import KernelError
     from model.convert import ConvertError
     from resume.checkpoint import CheckpointError, SaveError
     from resume.manifest import DataError
@@ -77,7 +78,7 @@ def exit_code(error: BaseException) -> int:
     codes: dict[tuple[type[BaseException], ...], int] = {
         (DataError, ManifestError, ShardError, TokenizerError): BAD_DATA,
         (SaveError, LockedError, OSError): CANNOT_WRITE,
-        (ConfigError, CheckpointError, ConvertError): BAD_CONFIG,
+        (ConfigError, KernelError, CheckpointError, ConvertError): BAD_CONFIG,
         (NotFiniteError, RepeatedFailureError): NOT_FINITE,
         (LostRankError,): LOST_RANK,
     }

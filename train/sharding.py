@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from data_prep.config_file import ConfigError
 from model.config import ModelConfig
+from model.flops import num_params
 from model.transformer import Block, Transformer
 from resume.regions import copy_whole
 from train.config import ParallelSection
@@ -34,20 +36,31 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
     master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(config).to(master_dtype)
+    if parallel.float8:
+        _use_float8(model, ranks.device)
     # Memory that is reserved but never touched costs nothing: no rank ever holds the whole model, only its part of it.
     model.to_empty(device="cpu")
     model.tie()
     for block in blocks_of(model):
-        block.recompute = parallel.recompute_blocks
+        block.recompute = parallel.recompute
         if parallel.compile == "on" or (parallel.compile == "auto" and ranks.device.type == "cuda"):
             block.compile_body()
     if ranks.world_size > 1 or dtype != master_dtype or parallel.precision == "exact":
-        _shard(model, parallel, ranks, dtype)
+        _shard(model, parallel, ranks, dtype, reshards_after_forward(config, parallel, dtype, _memory_bytes(ranks)))
     else:
         model.to(ranks.device)
     for name, parameter in model.named_parameters():
         copy_whole(parameter, value(name, parameter.shape))
     return model
+
+
+def reshards_after_forward(
+    config: ModelConfig, parallel: ParallelSection, dtype: torch.dtype, device_bytes: int | None
+) -> bool:
+    """Whether gathered weights are freed between forward and backward on devices of this memory (None: not known)."""
+    if parallel.reshard_after_forward == "auto":
+        return device_bytes is not None and num_params(config) * dtype.itemsize > device_bytes / 10
+    return parallel.reshard_after_forward == "on"
 
 
 def blocks_of(model: Transformer) -> list[Block]:
@@ -70,7 +83,37 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype) -> None:
+def _memory_bytes(ranks: Ranks) -> int | None:
+    return torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+
+
+def _use_float8(model: Transformer, device: torch.device) -> None:
+    """Replaces the blocks' linear layers by float8 ones with one scale per tensor; emulated, and slow, on a CPU.
+
+    Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError(f"parallel.float8 needs torchao ({error}); install it, or leave the key out") from error
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"parallel.float8 needs compute capability 8.9, {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; leave the key out"
+        )
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear) and any(side % 16 for side in module.weight.shape):
+            raise ConfigError(
+                f"parallel.float8: blocks.{name} is {tuple(module.weight.shape)}; float8 products want multiples of 16"
+            )
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig(emulate=device.type == "cpu"),
+        module_filter_fn=lambda module, name: name.startswith("blocks."),
+    )
+
+
+def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype, reshards: bool) -> None:
     shape, names = (ranks.world_size,), ("shard",)
     if parallel.replicas > 1:
         shape, names = (parallel.replicas, ranks.world_size // parallel.replicas), ("replicate", "shard")
@@ -79,7 +122,7 @@ def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: t
     reduce_dtype = torch.float64 if parallel.precision in ("exact", "fp64") else torch.float32
     # Inputs are not cast: activations already have the compute dtype, and the RoPE tables stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": parallel.reshard_after_forward}
+    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshards}
     for block in model.blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)

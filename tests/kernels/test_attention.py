@@ -7,13 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention import (
-    DocumentBoundaries,
-    attention,
-    attention_reference,
-    document_boundaries,
-    has_flash_attn,
-)
+from kernels import attention as module
+from kernels import launch
+from kernels.attention import DocumentBoundaries, attention, attention_by, attention_reference, document_boundaries
+from kernels.launch import KernelError
 
 EOS = 0
 
@@ -80,7 +77,6 @@ def test_packed_documents_attend_as_if_each_were_alone(tokens, batch_size):
 def test_a_document_starts_at_each_row_and_after_each_eos():
     boundaries = document_boundaries(torch.tensor([[5, 6, EOS, 7], [EOS, EOS, 8, 9]]), EOS)
     assert boundaries.cumulative_lengths.tolist() == [0, 3, 4, 5, 6, 8]
-    assert boundaries.longest == 3
     ids = boundaries.ids_BT.tolist()
     assert ids[0][0] == ids[0][2] != ids[0][3]
     assert len({*ids[0], *ids[1]}) == 5
@@ -94,14 +90,13 @@ def test_both_forms_of_boundaries_say_the_same(rows):
     lengths = boundaries.cumulative_lengths.diff()
     assert counts.tolist() == lengths.tolist()
     assert lengths.sum() == 6 * len(rows)
-    assert boundaries.longest == lengths.max()
 
 
 def test_moving_boundaries_keeps_them():
     boundaries = document_boundaries(torch.tensor([[1, EOS, 2]]), EOS)
     moved = boundaries.to(torch.device("cpu"))
     assert torch.equal(moved.ids_BT, boundaries.ids_BT)
-    assert moved.longest == boundaries.longest
+    assert torch.equal(moved.cumulative_lengths, boundaries.cumulative_lengths)
 
 
 def test_gradients_are_right():
@@ -143,22 +138,79 @@ def test_boundaries_together_with_a_cache_are_refused():
         attention(q, k, v, boundaries)
 
 
+@pytest.mark.parametrize("choice", ["cudnn", "flash", "fa3"])
+def test_a_cuda_kernel_on_a_cpu_is_refused(choice):
+    with pytest.raises(KernelError, match=f'"{choice}" is for CUDA devices, this run is on the cpu'):
+        attention_by(choice, torch.device("cpu")).__enter__()
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(module._PACKAGES, "fa3", "flash_attn_of_nobody.interface")
+    with pytest.raises(KernelError, match="needs the package flash_attn_of_nobody.interface"):
+        attention_by("fa3", torch.device("cuda")).__enter__()
+
+
+def stand_in(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """What FlashAttention computes of documents laid end to end."""
+    ends = lengths.tolist()
+    alone = [attention_reference(q[None, i:j], k[None, i:j], v[None, i:j])[0] for i, j in itertools.pairwise(ends)]
+    return torch.cat(alone)
+
+
+@torch.library.custom_op("test::by_document", mutates_args=())
+def by_document(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """The stand-in as an operator that the compiler sees as it sees torch's own."""
+    return stand_in(q, k, v, lengths)
+
+
+@by_document.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def test_documents_laid_end_to_end_are_one_graph_however_many_there_are(monkeypatch):
+    def varlen(q, k, v, lengths_q, lengths_k, longest_q, longest_k, *, window_size, **_):
+        assert (longest_q, longest_k, window_size) == (8, 8, (-1, 0))
+        assert lengths_q is lengths_k
+        return torch.ops.test.by_document(q, k, v, lengths_q)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen)
+    graphs: list[int] = []
+
+    def backend(graph, _inputs):
+        graphs.append(1)
+        return graph
+
+    compiled = torch.compile(module._by_document, fullgraph=True, dynamic=False, backend=backend)
+    q, k, v = random_heads(2, 8, 8, 4, 2, 4)
+    for num_eos in (0, 1, 3, 5):
+        tokens = torch.ones(2, 8, dtype=torch.int64)
+        tokens[0, :num_eos] = EOS
+        boundaries = document_boundaries(tokens, EOS).to(torch.device("cpu"))
+        torch.testing.assert_close(compiled(q, k, v, boundaries), attention_reference(q, k, v, boundaries))
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_flash_attn(), reason="needs flash-attn")
+@pytest.mark.parametrize("choice", ["auto", "cudnn", "flash", "efficient", "math"])
 @pytest.mark.parametrize("case", ["whole rows", "documents", "cache"])
-def test_flash_attn_equals_the_reference(case):
+def test_every_implementation_equals_the_reference(choice, case, monkeypatch):
+    monkeypatch.setitem(launch._chosen, "attention", choice)
     num_queries = 5 if case == "cache" else 64
-    q, k, v = (part.to("cuda", torch.bfloat16).requires_grad_() for part in random_heads(2, num_queries, 64, 4, 2, 64))
+    q, k, v = (part.to("cuda").requires_grad_() for part in random_heads(2, num_queries, 64, 4, 2, 64))
     boundaries: DocumentBoundaries | None = None
     if case == "documents":
         tokens = torch.randint(0, 8, (2, 64), generator=torch.Generator().manual_seed(0))
         boundaries = document_boundaries(tokens, EOS).to(torch.device("cuda"))
-    found, expected = attention(q, k, v, boundaries), attention_reference(q, k, v, boundaries)
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    halves = tuple(part.detach().bfloat16().requires_grad_() for part in (q, k, v))
+    expected = attention_reference(q, k, v, boundaries)
+    with attention_by(choice, torch.device("cuda")):
+        found = attention(*halves, boundaries)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
     direction = torch.randn_like(found)
     for one_found, one_expected in zip(
-        torch.autograd.grad(found, (q, k, v), direction),
-        torch.autograd.grad(expected, (q, k, v), direction),
+        torch.autograd.grad(found, halves, direction),
+        torch.autograd.grad(expected, (q, k, v), direction.double()),
         strict=True,
     ):
-        torch.testing.assert_close(one_found, one_expected, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(one_found.double(), one_expected, rtol=3e-2, atol=3e-2)

@@ -53,8 +53,8 @@ def test_memory_per_device_falls_with_the_number_of_devices():
     one, eight = (plan.estimate_memory(config, "cuda", n) for n in (1, 8))
     assert eight.moments * 8 == pytest.approx(one.moments, rel=1e-6)
     assert one.moments == 8 * 1_100_048_384
-    recomputed = with_values(config, parallel={"recompute_blocks": True})
-    assert plan.estimate_memory(recomputed, "cuda", 8).activations < eight.activations / 9
+    recomputed = with_values(config, parallel={"recompute": "blocks"})
+    assert plan.estimate_memory(recomputed, "cuda", 8).activations < eight.activations / 8
 
 
 def test_a_checkpoint_has_the_size_the_plan_says(tmp_path: Path):

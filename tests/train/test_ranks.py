@@ -56,7 +56,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tor
         (3, {}),
         (4, {}),
         (6, {}),
-        (2, {"parallel": {"reshard_after_forward": True, "recompute_blocks": True}}),
+        (2, {"parallel": {"reshard_after_forward": "on", "recompute": "blocks"}}),
         (2, {"parallel": {"replicas": 2}}),
         (4, {"parallel": {"replicas": 2}}),
     ],
