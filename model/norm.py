@@ -18,6 +18,8 @@ class RMSNorm(nn.Module):
         """Normalises x (..., size)."""
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the norm of x + residual, and x + residual itself, in one pass."""
+    def add(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the norm of x + residual, and x + residual itself, in one pass; without x, of the residual."""
+        if x is None:
+            return self(residual), residual
         return add_rms_norm(x, residual, self.weight, self.eps)

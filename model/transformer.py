@@ -37,7 +37,11 @@ def _keep_what_is_dear(_context, op, *_arguments, **_options) -> CheckpointPolic
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + mlp(norm(.)); `recompute` trades a second forward for the block's activations."""
+    """Attention, then the MLP, each on the norm of the residual stream, each added to it.
+
+    What the last layer has to add is handed on beside the stream, so that addition and norm are one pass over memory:
+    `stream + addend` is normed and is the stream of the next one. `recompute` trades a second forward for activations.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -49,33 +53,38 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BTD: Tensor,
+        stream_BTD: Tensor,
+        addend_BTD: Tensor | None,
         cos_TK: Tensor,
         sin_TK: Tensor,
         boundaries: DocumentBoundaries | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    ) -> tuple[Tensor, Tensor]:
+        """(stream, addend) of the layers before, no addend at first, to those after this block; each (B, T, D)."""
+        if self.recompute != "nothing" and addend_BTD is not None:
+            stream_BTD, addend_BTD = stream_BTD + addend_BTD, None  # one tensor to keep instead of two
         if self.recompute == "blocks" and torch.is_grad_enabled():
             # Inside the module, so that FSDP gathers once around both runs, and parameter names stay as they are.
-            return checkpoint(self._body, x_BTD, cos_TK, sin_TK, boundaries, cache, use_reentrant=False)
-        return self._body(x_BTD, cos_TK, sin_TK, boundaries, cache)
+            inputs = (stream_BTD, addend_BTD, cos_TK, sin_TK, boundaries, cache)
+            return checkpoint(self._body, *inputs, use_reentrant=False)
+        return self._body(stream_BTD, addend_BTD, cos_TK, sin_TK, boundaries, cache)
 
     def compile_body(self) -> None:
         """Compiles what forward does, inside FSDP's hooks and inside recomputation, which stay eager."""
         self._body = torch.compile(self._body, dynamic=False)
 
-    def _body(self, *inputs) -> Tensor:
+    def _body(self, *inputs) -> tuple[Tensor, Tensor]:
         if self.recompute == "cheap" and torch.is_grad_enabled():
             # Inside what is compiled, because it goes by operators.
             contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
             return checkpoint(self._mix, *inputs, use_reentrant=False, context_fn=contexts)
         return self._mix(*inputs)
 
-    def _mix(self, x_BTD, cos_TK, sin_TK, boundaries, cache) -> Tensor:
-        attended_BTD = self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK, boundaries, cache)
-        normed_BTD, x_BTD = self.mlp_norm.add(attended_BTD, x_BTD)
-        return x_BTD + self.mlp(normed_BTD)
+    def _mix(self, stream_BTD, addend_BTD, cos_TK, sin_TK, boundaries, cache) -> tuple[Tensor, Tensor]:
+        normed_BTD, stream_BTD = self.attention_norm.add(addend_BTD, stream_BTD)
+        attended_BTD = self.attention(normed_BTD, cos_TK, sin_TK, boundaries, cache)
+        normed_BTD, stream_BTD = self.mlp_norm.add(attended_BTD, stream_BTD)
+        return stream_BTD, self.mlp(normed_BTD)
 
 
 class Transformer(nn.Module):
@@ -110,14 +119,15 @@ class Transformer(nn.Module):
 
         Shapes: tokens (B, T) int64, T <= any length: positions are computed, not looked up.
         """
-        x_BTD = self.embedding(tokens_BT)
+        stream_BTD, addend_BTD = self.embedding(tokens_BT), None
         start = cache.length if cache is not None else 0
         positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
         # fp32 tables also under bf16: a bf16 cosine is off by 2**-9. fp64 models get fp64 tables.
-        table_dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+        table_dtype = torch.float64 if stream_BTD.dtype == torch.float64 else torch.float32
         cos_TK, sin_TK = rope_tables(positions_T, self.config.head_size, self.config.rope_base, table_dtype)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TK, sin_TK, boundaries, cache)
+            stream_BTD, addend_BTD = block(stream_BTD, addend_BTD, cos_TK, sin_TK, boundaries, cache)
         if cache is not None:
             cache.advance(tokens_BT.shape[1])
-        return readout(self.norm(x_BTD), self.head.weight)
+        hidden_BTD, _ = self.norm.add(addend_BTD, stream_BTD)
+        return readout(hidden_BTD, self.head.weight)

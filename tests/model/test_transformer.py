@@ -82,20 +82,21 @@ def test_reading_in_any_pieces_with_a_cache_equals_reading_at_once(variant, cuts
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
 @in_every_variant
-def test_recomputed_blocks_give_the_same_bits(variant):
+def test_recomputing_gives_the_same_bits(variant, recompute):
     model = make_model(VARIANTS[variant])
     tokens = random_tokens(model.config, 2, 12)
     expected = loss_gradients(model, tokens)
     for block in model.blocks:
-        block.recompute = True
+        block.recompute = recompute
     found = loss_gradients(model, tokens)
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_recomputed_block_keeps_only_its_input():
-    def saved_bytes(recompute: bool) -> int:
+    def saved_bytes(recompute: str) -> int:
         model = make_model(LLAMA)
         for block in model.blocks:
             block.recompute = recompute
@@ -111,7 +112,7 @@ def test_a_recomputed_block_keeps_only_its_input():
             model(random_tokens(LLAMA, 2, 32), readout=lambda hidden, head: hidden.sum())
         return sum(sizes)
 
-    assert saved_bytes(recompute=True) < saved_bytes(recompute=False) / 5
+    assert saved_bytes(recompute="blocks") < saved_bytes(recompute="nothing") / 5
 
 
 def test_a_tied_head_is_the_embedding_also_after_its_memory_was_replaced():

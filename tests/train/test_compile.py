@@ -24,10 +24,10 @@ def compiled_run(config) -> tuple[int, int]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("more", [False, True], ids=["plain", "recomputing, documents apart"])
-def test_compiled_blocks_train_alike_with_few_graphs_and_no_breaks(tmp_path: Path, world_size: int, more: bool):
+@pytest.mark.parametrize("recompute", ["nothing", "cheap", "blocks"])
+def test_compiled_blocks_train_alike_with_few_graphs_and_no_breaks(tmp_path: Path, world_size: int, recompute: str):
     data = write_data(tmp_path / "data")
-    sections = {"data": {"isolate_documents": more}, "parallel": {"recompute_blocks": more}}
+    sections = {"data": {"isolate_documents": recompute == "blocks"}, "parallel": {"recompute": recompute}}
     eager = tiny_run(data, tmp_path / "eager", **sections)
     compiled = with_values(tiny_run(data, tmp_path / "compiled", **sections), parallel={"compile": "on"})
     (tmp_path / "a").mkdir()
