@@ -8,7 +8,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 GPUS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-step bench-loader bench-save picture gpu clean
+.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-kernels bench-mfu bench-loader bench-save compile-ahead picture gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -45,8 +45,14 @@ format: $(INSTALLED_DEV) ## Format the code and mend what the linter can
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-bench-step: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama; results in benchmarks/results
-	$(RUN) -m benchmarks.step
+bench-kernels: $(INSTALLED_DEV) ## Kernels beside other projects' ones, then bench-mfu; without a GPU: whether they are right
+	$(RUN) -m benchmarks.kernels $(ARGS)
+
+bench-mfu: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama, with its MFU on a GPU; results in benchmarks/results
+	$(RUN) -m benchmarks.step $(ARGS)
+
+compile-ahead: $(INSTALLED_DEV) ## Compile every kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
+	$(RUN) -m benchmarks.compile_ahead
 
 bench-loader: $(INSTALLED_DEV) ## Time reading, lookup and restart beside other projects' ways; results in benchmarks/results
 	$(RUN) -m benchmarks.loader $(ARGS)
@@ -57,10 +63,8 @@ bench-save: $(INSTALLED_DEV) ## Time how long training waits for a checkpoint, b
 picture: $(INSTALLED) ## Draw docs/data-order.png
 	$(RUN) docs/draw_data_order.py
 
-gpu: ## On a CUDA machine with torch and triton installed, without .venv: the GPU tests, the step and the save benchmark
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/kernels tests/evaluation/test_engine.py tests/model/test_batch.py tests/train/test_gpu.py
-	PYTHONPATH=. $(PYTHON) -m benchmarks.step
-	PYTHONPATH=. $(PYTHON) -m benchmarks.save
+gpu: ## On a CUDA machine, with its own Python: GPU tests, kernel speeds, MFU, training check in 9 minutes; OUT=folder
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean: ## Delete caches (not data/, runs/ or .venv)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +

@@ -38,16 +38,18 @@ def device_name() -> str:
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
-def result_path(benchmark: str, suffix: str) -> Path:
-    """benchmarks/results/<device>-<benchmark>.<suffix>."""
+def result_path(benchmark: str, suffix: str, folder: Path | None = None) -> Path:
+    """<folder>/<device>-<benchmark>.<suffix>; benchmarks/results if there is no folder."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    return RESULTS / f"{slug}-{benchmark}.{suffix}"
+    return (folder or RESULTS) / f"{slug}-{benchmark}.{suffix}"
 
 
-def write_result(benchmark: str, command: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+def write_result(
+    benchmark: str, command: str, rows: list[dict[str, Any]], folder: Path | None = None, **facts: Any
+) -> Path:
     """Writes rows and environment as JSON and returns the path."""
-    path = result_path(benchmark, "json")
-    path.parent.mkdir(exist_ok=True)
+    path = result_path(benchmark, "json", folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": command, "environment": describe(), **facts, "rows": rows}
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from data_prep.tokenizer import Tokenizer
-from kernels.cross_entropy import IGNORE, cross_entropy_sum
+from kernels.cross_entropy import IGNORE
+from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.batch import TokenRows, as_unsigned, collate, empty_rows, token_rows
-from model.transformer import logits
 from resume.samples import NO_SAMPLE, SampleReader
 
 
@@ -62,7 +62,7 @@ def score(
         loss_sum = model(
             batch.tokens,
             batch.boundaries,
-            readout=lambda hidden, head, targets=batch.targets: cross_entropy_sum(logits(hidden, head), targets),
+            readout=lambda hidden, head, targets=batch.targets: linear_cross_entropy_sum(hidden, head, targets),
         )
         num_bytes = token_bytes_V[batch.targets[batch.targets != IGNORE]].sum()
         total += Score(loss_sum.item(), batch.num_targets, int(num_bytes.item()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -121,7 +122,9 @@ def open_run(
             model=model,
             optimizer=make_optimizer(model, config.optim, exact=config.parallel.precision == "exact"),
             feed=feed,
-            objective=next_token_loss,
+            objective=functools.partial(
+                next_token_loss, z_loss=config.optim.z_loss, label_smoothing=config.optim.label_smoothing
+            ),
             validate=_validation(config, data, model, ranks, watch, cleanup),
             log=None,
             stop=stop,

@@ -2,15 +2,16 @@
 
 from torch import Tensor, nn
 
-from kernels.cross_entropy import cross_entropy_sum
+from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.batch import Batch
-from model.transformer import logits
 
 
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of -log p(target) over the batch's targets."""
+def next_token_loss(model: nn.Module, batch: Batch, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    """The sum of -log p(target) over the batch's targets, and of what the options of `cross_entropy_rows` add."""
     return model(
         batch.tokens,
         batch.boundaries,
-        readout=lambda hidden_BTD, head_VD: cross_entropy_sum(logits(hidden_BTD, head_VD), batch.targets),
+        readout=lambda hidden_BTD, head_VD: linear_cross_entropy_sum(
+            hidden_BTD, head_VD, batch.targets, z_loss=z_loss, label_smoothing=label_smoothing
+        ),
     )

@@ -10,6 +10,7 @@ import torch
 
 from data_prep.config_file import ConfigError, to_toml
 from data_prep.manifest import Manifest
+from kernels.linear_cross_entropy import default_chunk_rows
 from model.config import ModelConfig
 from model.flops import flops_per_token, num_params
 from resume import checkpoint
@@ -30,7 +31,7 @@ class Memory:
     moments: int
     gathered_weights: int
     activations: int
-    logits: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -88,15 +89,21 @@ def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Mem
         recompute=config.parallel.recompute,
         fused=device_type == "cuda",
     )
-    # Logits in the compute dtype and their log-probabilities, over which the gradient is written, in at least fp32.
-    logit_bytes = config.model.vocab_size * (compute_bytes + max(4, compute_bytes))
+    # The logits of a chunk, over which their gradient is written (torch's operators want the log-probabilities as
+    # well), and the gradients of head and hidden states that the forward computes from them.
+    sum_bytes = max(4, compute_bytes)
+    rows = tokens if config.kernels.linear_cross_entropy == "whole" else default_chunk_rows(tokens, device_type)
+    logit_bytes = compute_bytes if device_type == "cuda" else compute_bytes + sum_bytes
+    head_bytes = config.model.vocab_size * config.model.hidden_size * sum_bytes
     return Memory(
         master_weights=held,
         gradients=gradients,
         moments=2 * held,
         gathered_weights=gathered,
         activations=tokens * per_token,
-        logits=tokens * logit_bytes,
+        loss=min(rows, tokens) * config.model.vocab_size * logit_bytes
+        + head_bytes
+        + tokens * config.model.hidden_size * compute_bytes,
     )
 
 
