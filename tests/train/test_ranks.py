@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.report import read_metrics
 from resume import checkpoint, tensor_file
 from tests.prepared import write_data
 from tests.processes import run_ranks
@@ -87,6 +88,22 @@ def test_several_ranks_train_to_the_weights_of_one_bit_for_bit(
 ):
     several = config(data, tmp_path / "run", run={"num_steps": num_steps}, **sections)
     assert largest_difference(trained(several, world_size, tmp_path), alone(num_steps)) == 0
+
+
+@pytest.mark.parametrize("num_steps", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_losses_in_bf16_hardly_depend_on_the_number_of_ranks(data: Path, tmp_path: Path, num_steps: int):
+    """Products are rounded to bf16, sums over ranks to fp32."""
+
+    def losses(world_size: int, replicas: int = 1) -> list[float]:
+        folder = tmp_path / f"{world_size}-{replicas}"
+        in_bf16 = {"precision": "bf16", "replicas": replicas}
+        trained(config(data, folder / "run", run={"num_steps": num_steps}, parallel=in_bf16), world_size, folder)
+        return [record["loss"] for record in read_metrics(folder / "run") if "loss" in record]
+
+    one, two, replicated = losses(1), losses(2), losses(2, replicas=2)
+    assert len(one) == num_steps
+    assert two == pytest.approx(one, abs=1e-5)
+    assert replicated == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 12])
