@@ -26,6 +26,14 @@ def publish(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing; they survive a power cut as what is put into them does."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Fsync a folder: only then do its renames survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

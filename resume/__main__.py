@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        code = arguments.command(open_run(arguments.run), arguments)
+        # `verify` is for the run that cannot be opened, too.
+        of = arguments.run if arguments.command is _verify else open_run(arguments.run)
+        code = arguments.command(of, arguments)
         print(end="", flush=True)  # here, so that a reader who left is no traceback
         return code
     except RequestError as error:
@@ -211,7 +213,33 @@ def _audit_sample(run: Run, file_ids: Sequence[str], arguments: argparse.Namespa
     return 0 if agree else BAD_DATA
 
 
-def _verify(run: Run, arguments: argparse.Namespace) -> int:
+def _verify(folder: Path, arguments: argparse.Namespace) -> int:
+    findings, num_files = [], 0
+    steps = checkpoint.steps(folder)
+    for step in tqdm(steps, desc="verify checkpoints", unit="checkpoint", leave=False, disable=None):
+        saved = folder / f"step-{step}"
+        try:
+            checkpoint.verify(saved)
+        except (checkpoint.CheckpointError, OSError) as error:
+            if saved.exists():  # else a running run deleted it meanwhile, being old
+                findings.append(str(error))
+    try:
+        run = open_run(folder)
+    except checkpoint.CheckpointError as error:  # which shards the run has stands in the newest one
+        findings += [] if str(error) in findings else [str(error)]
+        findings.append(f"{folder}: the shards are not checked, as the newest checkpoint cannot be read")
+    else:
+        found, num_files = _verify_files(run, arguments.level)
+        findings = [*found, *findings]
+    values = {"level": arguments.level, "files": num_files, "checkpoints": len(steps), "findings": findings}
+    counts = f"{num_files:,} files ({arguments.level}) and {len(steps):,} checkpoints"
+    verdict = [*findings, f"{len(findings):,} findings in {counts}"] if findings else [f"{counts} are good"]
+    _show(values, arguments.json, "\n".join(verdict))
+    return BAD_DATA if findings else 0
+
+
+def _verify_files(run: Run, level: Level) -> tuple[list[str], int]:
+    """What is wrong with the run's shards, and how many there are."""
     live = [file_id for file_id in run.order.file_ids if file_id not in run.state.removed]
     found, paths = run.look_for(live), run.paths
     findings = [
@@ -222,20 +250,8 @@ def _verify(run: Run, arguments: argparse.Namespace) -> int:
     ]
     cache = StatCache(run.folder)
     for file in tqdm(found.values(), desc="verify shards", unit="shard", leave=False, disable=None):
-        findings += _findings(file, arguments.level, run.state.tokenizer_digest, cache)
-    steps = checkpoint.steps(run.folder)
-    for step in tqdm(steps, desc="verify checkpoints", unit="checkpoint", leave=False, disable=None):
-        folder = run.folder / f"step-{step}"
-        try:
-            checkpoint.verify(folder)
-        except (checkpoint.CheckpointError, OSError) as error:
-            if folder.exists():  # else a running run deleted it meanwhile, being old
-                findings.append(str(error))
-    values = {"level": arguments.level, "files": len(live), "checkpoints": len(steps), "findings": findings}
-    counts = f"{len(live):,} files ({arguments.level}) and {len(steps):,} checkpoints"
-    verdict = [*findings, f"{len(findings):,} findings in {counts}"] if findings else [f"{counts} are good"]
-    _show(values, arguments.json, "\n".join(verdict))
-    return BAD_DATA if findings else 0
+        findings += _findings(file, level, run.state.tokenizer_digest, cache)
+    return findings, len(live)
 
 
 def _findings(file: DataFile, level: Level, tokenizer_digest: str, cache: StatCache) -> list[str]:
@@ -260,7 +276,7 @@ def _queue(run: Run, request: dict[str, Any], remark: str = "") -> int:
     """Tries a request on the newest checkpoint, with those that wait before it, and queues it."""
     state, _ = run.with_pending()
     try:
-        Order(requests.applied(state, request))
+        requests.applied(state, request)
     except DataError as error:
         raise RequestError(str(error)) from error
     number = requests.queue(run.folder, request, run.state.requests_taken)

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from data_prep import publish
 from resume import tensor_file
-from resume.regions import Region, local_part, local_region
+from resume.regions import Region, local_part, local_region, tiles
 
 FORMAT = 2
 RECORD = "record.json"
 CONFIG = "config.toml"
-_MAX_RECORD_BYTES = 1 << 30
+_MAX_RECORD_BYTES = 1 << 28  # of a thousand ranks it has 70 MB; JSON takes twenty times its size in memory
 _FILE = re.compile(r"rank-[0-9]{5}\.safetensors|config\.toml")
 _DTYPES = {str(dtype).split(".")[1]: dtype for dtype in tensor_file.DTYPES}
 _REMEDY = "restore the file, or move its folder away to resume from an older step"
@@ -141,7 +141,7 @@ def newest_valid(run: Path, note: Callable[[str], None]) -> Checkpoint | None:
     Damaged ones are renamed to `step-N.bad`, so that their numbers are free again; `note` hears why.
 
     Raises:
-        CheckpointError: there were checkpoints, but none that is good; or one of another version.
+        CheckpointError: there were checkpoints, but none that is good; one of another version, or that cannot be read.
     """
     reasons: list[str] = []
     while True:
@@ -149,10 +149,10 @@ def newest_valid(run: Path, note: Callable[[str], None]) -> Checkpoint | None:
         if folder is None:
             break
         try:
-            return open_checkpoint(folder)
+            return _refuse_misnamed(open_checkpoint(folder))
         except DamagedError as error:
             reasons.append(str(error))
-            moved = _from_first(lambda folder=folder: _set_aside(folder))
+            moved = _from_first(lambda folder=folder: _set_aside(folder), f"{error}; it cannot be moved aside")
             note(f"checkpoint {folder.name} REJECTED: {error}. Moved to {moved.name}; trying the previous one")
     bad = _from_first(lambda: sorted(path.name for path in run.glob("step-*.bad*")) if run.is_dir() else [])
     if bad:
@@ -164,21 +164,29 @@ def newest_valid(run: Path, note: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def _refuse_misnamed(opened: Checkpoint) -> Checkpoint:
+    """Under a higher number a copy would be the newest for ever, and what is saved after it deleted as older."""
+    if opened.folder.name != (name := f"step-{opened.record['step']}"):
+        raise CheckpointError(f"{opened.folder}: holds {name}; give it that name, or move it away")
+    return opened
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Checks every file of a checkpoint, the ranks of a run sharing the work, and opens it.
 
     Raises:
         DamagedError: on every rank, if a file is missing or is not what the record says.
-        CheckpointError: a checkpoint of another version.
+        CheckpointError: a checkpoint of another version, or one that cannot be read.
     """
     opened: list[Checkpoint] = []
 
     def check() -> None:
         record = read_record(folder)
-        _verify(folder, record["files"], share=(_rank(), _world_size()))
+        _verify(folder, record["files"], share=(own_rank(), num_ranks()))
         opened.append(Checkpoint(folder, record, _stored_tensors(folder, record)))
 
-    together(check, DamagedError, f"{folder}")
+    # What cannot be read now, from a server that is away say, is not damaged: it stays where it is.
+    together(check, CheckpointError, f"{folder}: cannot be read now; try again, or move it away")
     return opened[0]
 
 
@@ -221,10 +229,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not is_whole:
         raise DamagedError(f"{path}: damaged, its hash does not match; {_REMEDY}")
     if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {record.get('format')!r}, this version reads {FORMAT}")
-    if not isinstance(record.get("files"), dict) or not _is_size(record.get("step")):
-        raise DamagedError(f"{path}: damaged, it names no files or no step; {_REMEDY}")
+        raise CheckpointError(
+            f"{path}: format {record.get('format')!r}, this version reads {FORMAT}; resume with the one that wrote it"
+        )
+    files = record.get("files")
+    if not isinstance(files, dict) or CONFIG not in files or not _is_size(record.get("step")):
+        raise DamagedError(f"{path}: damaged, it names no files, no config or no step; {_REMEDY}")
     return record
+
+
+def read_config(folder: Path, record: Mapping[str, Any]) -> str:
+    """The resolved config beside a record, checked against it.
+
+    Raises:
+        DamagedError: it is missing, no plain file, or not what was written.
+    """
+    _verify(folder, {CONFIG: record["files"][CONFIG]})
+    return (folder / CONFIG).read_text(encoding="utf-8")
 
 
 def hash_of(record: Mapping[str, Any]) -> str:
@@ -281,8 +302,7 @@ class _Files:
         """The parts of a tensor that make up a box of it."""
         boxes = [(piece, region.intersection(piece.region)) for piece in stored.pieces]
         boxes = [(piece, common) for piece, common in boxes if not common.is_empty]
-        overlap = any(not a.intersection(b).is_empty for (_, a), (_, b) in itertools.combinations(boxes, 2))
-        if overlap or sum(math.prod(common.shape) for _, common in boxes) != math.prod(region.shape):
+        if not tiles([common for _, common in boxes], region):
             raise DamagedError(f"{self._folder}: the pieces of {name} do not cover it; {_REMEDY}")
         return [(common, self._read(name, stored.dtype, piece, common)) for piece, common in boxes]
 
@@ -340,7 +360,7 @@ def _is_size(value: Any) -> bool:
 
 def _verify(folder: Path, files: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
     """Checks the sizes and hashes of this rank's share of the files, and the names of all of them."""
-    for file in [*files, CONFIG]:
+    for file in files:
         if not _FILE.fullmatch(file) or (os.path.lexists(folder / file) and not _is_plain(folder / file)):
             raise DamagedError(f"{folder}: record names {file!r}, which is not a file of a checkpoint; {_REMEDY}")
     rank, world_size = share
@@ -380,18 +400,20 @@ def _set_aside(folder: Path) -> Path:
     return free
 
 
-def _from_first(action: Callable[[], Any]) -> Any:
+def _from_first(action: Callable[[], Any], what: str = "run folder") -> Any:
     """What an action returns on the first rank, the only one to do it: others may see a shared folder late."""
     result: list[Any] = [None]
-    together(lambda: result.__setitem__(0, action() if _rank() == 0 else None), CheckpointError, "run folder")
+    together(lambda: result.__setitem__(0, action() if own_rank() == 0 else None), CheckpointError, what)
     if dist.is_initialized():
         dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
-def _rank() -> int:
+def own_rank() -> int:
+    """The number of this process among those that write and read together."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _world_size() -> int:
+def num_ranks() -> int:
+    """How many processes write and read together."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -73,6 +73,10 @@ def from_json(record: Mapping[str, Any], file_ids: Sequence[str]) -> Ledger:
         digests = np.array([int(digest, 16) for digest in record["digests"]], dtype=np.uint64)
         ledger.quarantined = [Quarantined(*entry) for entry in record["quarantined"]]
         ledger.not_applied = [int(step) for step in record["not_applied"]]
+        for entry in ledger.quarantined:
+            numbers = (entry.first_token, entry.sequence_length - 1, entry.step)
+            if not isinstance(entry.file_id, str) or min(numbers) < 0:
+                raise ValueError(f"{entry}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"the checkpoint's record of trained samples is damaged ({error})") from error
     if not len(counts) == len(digests) == len(file_ids):

@@ -1,6 +1,7 @@
 """The shards of a run: each known by its content, listed by manifests, found again wherever it lies."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import Manifest, num_samples
 from data_prep.shards import HEADER_BYTES
+
+_FILE_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9]{4,18}")
 
 
 class DataError(ValueError):
@@ -33,6 +36,11 @@ class DataFile:
     def num_samples(self, sequence_length: int) -> int:
         """Samples of `sequence_length` targets; the last one may be shorter, none is dropped or padded away."""
         return num_samples(self.num_tokens, sequence_length)
+
+
+def is_file_id(value: object) -> bool:
+    """Whether a value read from a file has the form of a shard's identity, of one that has a token at least."""
+    return isinstance(value, str) and _FILE_ID.fullmatch(value) is not None and _size_of(value) > HEADER_BYTES
 
 
 def listed_files(folders: Mapping[Path, Manifest], split: str) -> list[DataFile]:

@@ -1,6 +1,7 @@
 """Which part of a whole tensor this rank holds, for plain tensors and for FSDP's sharded ones."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ class Region:
     def relative_to(self, origin: tuple[int, ...]) -> "Region":
         """The same box, seen from a tensor that starts at `origin`."""
         return Region(tuple(a - b for a, b in zip(self.offset, origin, strict=True)), self.shape)
+
+
+def tiles(boxes: Sequence[Region], whole: Region) -> bool:
+    """Whether boxes make up `whole`, each point once; they may be cut along one dimension, as FSDP does."""
+    if not boxes:
+        return whole.is_empty
+    spans = [[(box.offset[dim], box.shape[dim]) for box in boxes] for dim in range(len(whole.shape))]
+    cut = [dim for dim, found in enumerate(spans) if set(found) != {(whole.offset[dim], whole.shape[dim])}]
+    if len(cut) != 1:
+        return not cut and len(boxes) == 1
+    first, last = whole.offset[cut[0]], whole.offset[cut[0]] + whole.shape[cut[0]]
+    begins, sizes = zip(*sorted(spans[cut[0]]), strict=True)
+    ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+    return [*begins, last] == [first, *ends]
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_prep.fingerprint import fingerprint
 from data_prep.manifest import Manifest, ManifestError, read_manifest
 from resume import checkpoint, requests
@@ -70,9 +68,7 @@ class Run:
         state, refused = self.state, []
         for number, request in self.pending:
             try:
-                changed = requests.applied(state, request)
-                Order(changed)
-                state = changed
+                state = requests.applied(state, request)
             except DataError as error:
                 refused.append(f"request {number}: {error}")
         return state, refused
@@ -133,6 +129,8 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder")
     newest = checkpoint.latest(folder)
+    if newest is None and (bad := sorted(path.name for path in folder.glob("step-*.bad*"))):
+        raise DataError(f"{folder}: no good checkpoint is left, only {', '.join(bad)}; restore one of them from a copy")
     if newest is None:
         raise DataError(f"{folder}: no checkpoint yet, so there is nothing to ask or change; wait for the first one")
     record = checkpoint.read_record(newest)
@@ -140,22 +138,12 @@ def open_run(folder: Path) -> Run:
         state = states.from_json(record["data"])
         order = Order(state)
         ledger = ledgers.from_json(record["trained"], order.file_ids)
-        config = _read_config(newest / "config.toml", record["files"]["config.toml"]["xxh3_128"])
+        config = tomllib.loads(checkpoint.read_config(newest, record))
     except KeyError as error:
         raise DataError(f"{newest}: its record has no {error}; it was written by another version") from error
     except DataError as error:
         raise DataError(f"{newest}: {error}") from error
     return Run(folder, newest, config, state, order, ledger, requests.pending(folder, state.requests_taken))
-
-
-def _read_config(path: Path, xxh3_128: str) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path.name} is unreadable ({error.strerror}); restore it") from error
-    if xxhash.xxh3_128_hexdigest(content) != xxh3_128:
-        raise DataError(f"{path.name} is damaged, its hash is not the record's; restore it")
-    return tomllib.loads(content.decode("utf-8"))
 
 
 def read_paths(run: Path) -> dict[str, Path]:

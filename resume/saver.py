@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data_prep import publish
 from resume import checkpoint, tensor_file
-from resume.checkpoint import FORMAT, RECORD, SaveError, hash_of, together
+from resume.checkpoint import CONFIG, FORMAT, RECORD, SaveError, hash_of, num_ranks, own_rank, together
 from resume.regions import is_first_replica, local_part, local_region
 
 # Beside the tensors: the record, the config, file system blocks.
@@ -49,6 +49,8 @@ class Saved:
     save_s: float
     """From the call to the publication."""
     error: SaveError | None = None
+    remark: str | None = None
+    """On rank 0, of a checkpoint that is good: what went wrong after it was published."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,15 +88,10 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
 
-    def start(
-        self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], config_toml: str
-    ) -> Saved | None:
-        """Begins to save; returns how the save before this one ended, if nobody has asked yet.
-
-        In the background, returns as soon as the tensors are copied. Call `wait` to be sure of this one.
-        """
+    def start(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], config_toml: str) -> None:
+        """Begins to save; in the background, returns as soon as the tensors are copied. `wait` says how it ended."""
+        assert (self._thread, self._ended) == (None, None), "wait for the save before this one"
         started_s = time.perf_counter()
-        earlier = self.wait()
         snapshot = self._snapshot(step, tensors, record, config_toml)
         if self._in_background:
             stall_s = time.perf_counter() - started_s
@@ -103,7 +100,6 @@ class Saver:
             self._thread.start()
         else:
             self._save(snapshot, started_s, None)
-        return earlier
 
     def finished(self) -> Saved | None:
         """How the last save ended, once; None while it is being written. Ranks may hear of it at different times."""
@@ -120,19 +116,20 @@ class Saver:
         return ended
 
     def close(self) -> None:
-        """Gives a save that is being written when a run ends by an error a little time; it may wait for a lost rank."""
+        """Waits for a save that is being written when a run ends by an error; not long if a peer may be lost."""
         if self._thread is not None:
-            self._thread.join(_PATIENCE_S)
+            self._thread.join(_PATIENCE_S if num_ranks() > 1 else None)
 
     def _snapshot(
         self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], config_toml: str
     ) -> _Snapshot:
-        rank, parts, pieces, layout = _rank(), {}, {}, {}
+        rank, parts, pieces, layout = own_rank(), {}, {}, {}
         file = f"rank-{rank:05d}.safetensors"
         for name, tensor in tensors.items():
             region = local_region(tensor)
             if not region.is_empty and is_first_replica(tensor, rank):
                 parts[name] = self._copied(name, local_part(tensor).detach())
+                assert tuple(parts[name].shape) == region.shape, f"{name} is cut in another way than {region}"
                 pieces[name] = {"file": file, "offset": region.offset, "shape": region.shape}
             layout[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).split(".")[1]}
         if any(part.is_pinned() for part in parts.values()):
@@ -157,24 +154,26 @@ class Saver:
         self._save(snapshot, started_s, stall_s)
 
     def _save(self, snapshot: _Snapshot, started_s: float, stall_s: float | None) -> None:
-        folder, error = self._run / f"step-{snapshot.step}", None
+        folder, error, remark = self._run / f"step-{snapshot.step}", None, None
         try:
-            self._write(snapshot, folder)
+            remark = self._write(snapshot, folder)
         except SaveError as caught:
             error = caught
         except Exception as caught:  # the group of a rank that died: the loop will see it, too
             error = SaveError(f"cannot save {folder}: {caught}")
+            error.__cause__ = caught
         elapsed_s = time.perf_counter() - started_s
         stall_s = elapsed_s if stall_s is None else stall_s
-        self._ended = Saved(snapshot.step, folder, snapshot.size_bytes, stall_s, elapsed_s, error)
+        self._ended = Saved(snapshot.step, folder, snapshot.size_bytes, stall_s, elapsed_s, error, remark)
 
-    def _write(self, snapshot: _Snapshot, final: Path) -> None:
-        aside, is_first = final.with_name(final.name + ".tmp"), _rank() == 0
+    def _write(self, snapshot: _Snapshot, final: Path) -> str | None:
+        """Writes and publishes; returns what is to be remarked."""
+        aside, is_first = final.with_name(final.name + ".tmp"), own_rank() == 0
 
         def all_ranks(action: Callable[[], None], what: str) -> None:
             together(action, SaveError, what, self._group)
 
-        all_ranks(lambda: self._prepare(aside, snapshot) if is_first else None, f"cannot prepare {aside}")
+        all_ranks(lambda: self._prepare(aside, final, snapshot) if is_first else None, f"cannot prepare {aside}")
         try:
             all_ranks(lambda: self._write_part(aside, snapshot), f"cannot write {aside}")
             all_ranks(lambda: self._publish(aside, final, snapshot) if is_first else None, f"cannot publish {final}")
@@ -183,29 +182,31 @@ class Saver:
                 shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way of the next one
             raise
         # Not before all ranks know of the new one: what is deleted cannot be gone back to.
-        all_ranks(lambda: self._delete_old() if is_first else None, f"{final} is saved, but an older one stays")
+        return self._delete_old(newest=snapshot.step) if is_first else None
 
-    def _prepare(self, aside: Path, snapshot: _Snapshot) -> None:
-        self._run.mkdir(parents=True, exist_ok=True)
+    def _prepare(self, aside: Path, final: Path, snapshot: _Snapshot) -> None:
+        _refuse_taken(final)  # now, and not when all is written
+        publish.make_folder(self._run)
         for leftover in self._run.iterdir():  # of a save that was killed, at this step or another
             if re.fullmatch(r"step-\d+\.(tmp|del)", leftover.name):
-                _remove(leftover)
+                with contextlib.suppress(OSError):  # one that a reader on NFS holds, say, is in nobody's way
+                    _remove(leftover)
         _refuse_full_disk(self._run, snapshot.size_bytes)
         aside.mkdir()
 
     def _write_part(self, aside: Path, snapshot: _Snapshot) -> None:
         """Writes this rank's boxes and, beside them, what they are; rank 0 gathers that into the record."""
         self._before_write(snapshot.step)
-        file, files = f"rank-{_rank():05d}.safetensors", {}
+        file, files = f"rank-{own_rank():05d}.safetensors", {}
         if snapshot.parts:
             size_bytes, digest = tensor_file.write(aside / file, snapshot.parts)
             files[file] = {"size_bytes": size_bytes, "xxh3_128": digest}
-        _write_text(aside / f"rank-{_rank():05d}.json", json.dumps({"pieces": snapshot.pieces, "files": files}))
+        _write_text(aside / f"rank-{own_rank():05d}.json", json.dumps({"pieces": snapshot.pieces, "files": files}))
 
     def _publish(self, aside: Path, final: Path, snapshot: _Snapshot) -> None:
-        files: dict[str, Any] = {"config.toml": _write_text(aside / "config.toml", snapshot.config_toml)}
+        files: dict[str, Any] = {CONFIG: _write_text(aside / CONFIG, snapshot.config_toml)}
         layout = {name: {**entry, "pieces": []} for name, entry in snapshot.layout.items()}
-        for rank in range(_world_size()):
+        for rank in range(num_ranks()):
             part = aside / f"rank-{rank:05d}.json"
             entry = json.loads(part.read_text())
             files |= entry["files"]
@@ -213,13 +214,12 @@ class Saver:
                 layout[name]["pieces"].append(piece)
             part.unlink()
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        whole = {"format": FORMAT, "step": snapshot.step, "world_size": _world_size(), "versions": versions}
+        whole = {"format": FORMAT, "step": snapshot.step, "world_size": num_ranks(), "versions": versions}
         whole |= {**snapshot.record, "files": files, "tensors": layout}
         # Hashed as well: the cursor stands in here, and a flipped digit would be another place in the data.
         _write_text(aside / RECORD, json.dumps({"xxh3_128": hash_of(whole), **whole}))
         publish.sync_folder(aside)
-        if final.exists():
-            raise SaveError(f"{final} is already there: another run writes into the same folder; stop one of the two")
+        _refuse_taken(final)
         try:
             publish.publish(aside, final)
         except OSError:
@@ -227,12 +227,25 @@ class Saver:
                 final.rename(aside)
             raise
 
-    def _delete_old(self) -> None:
-        for step in checkpoint.steps(self._run)[: -self._keep_last]:
-            if self._keep_every is None or step % self._keep_every:
-                # Renamed first: a kill in the middle of the deletion must not leave half a folder under a valid name.
-                folder = self._run / f"step-{step}"
-                _remove(folder.rename(folder.with_name(folder.name + ".del")))
+    def _delete_old(self, newest: int) -> str | None:
+        """Deletes what need not be kept; the next save tries again what cannot be deleted, and is remarked."""
+        folder = self._run
+        try:
+            # A higher number is none of this run's: it must not make the newest an old one.
+            steps = [step for step in checkpoint.steps(self._run) if step <= newest]
+            for step in steps[: -self._keep_last]:
+                if self._keep_every is None or step % self._keep_every:
+                    # Renamed first: a kill in the middle of the deletion must not leave half under a good name.
+                    folder = self._run / f"step-{step}"
+                    _remove(folder.rename(folder.with_name(folder.name + ".del")))
+        except OSError as error:
+            return f"{folder} is old and cannot be deleted: {error}"
+        return None
+
+
+def _refuse_taken(final: Path) -> None:
+    if final.exists():
+        raise SaveError(f"{final} is already there: another run writes into the same folder; stop one of the two")
 
 
 def _refuse_full_disk(run: Path, size_bytes: int) -> None:
@@ -241,7 +254,7 @@ def _refuse_full_disk(run: Path, size_bytes: int) -> None:
     if free_bytes < needed_bytes:
         raise SaveError(
             f"{run}: a checkpoint needs {needed_bytes / 1e9:,.2f} GB, {free_bytes / 1e9:,.2f} GB are free on the disk; "
-            "free some, move the run to a larger one, or lower --run.keep-checkpoints"
+            "free some, older checkpoints perhaps, or move the run to a larger one"
         )
 
 
@@ -261,11 +274,3 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"size_bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from data_prep.shards import HEADER_BYTES
-from resume.manifest import DataError
+from resume.manifest import DataError, is_file_id
 from resume.mixture import parse_schedule
 
 SCHEMA = 2
+# Honest runs pass over tiny data very often; each epoch costs 0.2 ms to replay.
+_MOST_EPOCHS = 1_000_000
 PERMUTATION_NAME = "gfeistel8/24-v1"
 WHOLE = "all"
 """The one source of a run without a mixture: all files together."""
@@ -402,6 +404,8 @@ def from_json(record: Mapping[str, Any]) -> DataState:
     Raises:
         DataError: another schema or permutation, or a field that is missing or unknown.
     """
+    if not isinstance(record, Mapping):
+        raise DataError("data state that is no table; the record is damaged")
     if record.get("schema") != SCHEMA or record.get("permutation") != PERMUTATION_NAME:
         raise DataError(
             f"data state of schema {record.get('schema')!r}, permutation {record.get('permutation')!r}; this version "
@@ -410,9 +414,39 @@ def from_json(record: Mapping[str, Any]) -> DataState:
     values = {name: value for name, value in record.items() if name not in ("schema", "permutation")}
     try:
         events = tuple(_event(table) for table in values["events"])
-        return DataState(**{**values, "events": events})
+        state = DataState(**{**values, "events": events})
     except (KeyError, TypeError) as error:
         raise DataError(f"data state with a missing or unknown field ({error}); the record is damaged") from error
+    _refuse_nonsense(state)
+    return state
+
+
+def _refuse_nonsense(state: DataState) -> None:
+    """Refuses numbers and names that would end in an error, or in no end, somewhere else."""
+    events = state.events
+    sizes = (state.group_tokens, state.window_groups, state.token_bytes, *(n for e in events for n in _sizes(e)))
+    counts = (state.eos_id, state.position, state.step, state.tokens_seen, state.requests_taken)
+    counts += tuple(n for e in events for n in (e.at, e.step))
+    are_numbers = all(type(n) is int for n in (state.seed, *sizes, *counts))
+    if not are_numbers or min(sizes) < 1 or min(counts) < 0:
+        raise DataError("data state with sizes or positions that make no sense; the record is damaged")
+    if not any(isinstance(event, Batch) for event in events):
+        raise DataError("data state without a batch event; the record is damaged")
+    named = [i for e in events if isinstance(e, Append) for file_ids in e.files.values() for i in file_ids]
+    named += [i for e in events if isinstance(e, Remove) for i in e.file_ids]
+    if not all(is_file_id(file_id) and state.num_targets(file_id) >= 0 for file_id in named):
+        raise DataError("data state with files that are none; the record is damaged")
+    if state.position > _MOST_EPOCHS * sum(map(state.num_groups, set(named))):
+        raise DataError(f"data state at group {state.position}, after a million epochs; the record is damaged")
+
+
+def _sizes(event: Event) -> tuple[int, ...]:
+    match event:
+        case Batch():
+            return event.batch_sequences, event.sequence_length
+        case Skip():
+            return (event.num_groups,)
+    return ()
 
 
 def _event(table: Mapping[str, Any]) -> Event:

@@ -22,11 +22,6 @@ DTYPES = {
 _CHUNK_BYTES = 16 * 1024 * 1024
 
 
-def size_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What `write` would write, in bytes."""
-    return len(_header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
-
-
 def write(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Writes contiguous CPU tensors, flushes them to disk, and returns size in bytes and xxh3_128 of the file.
 

@@ -34,6 +34,8 @@ def trained(run: Path) -> dict[int, collections.Counter[Sample]]:
         numbers = [line["step"] for line in lines]
         assert numbers == sorted(set(numbers)), f"{path}: steps out of order or twice"
         for line in lines:
+            if not line["applied"]:
+                continue
             length, step = line["sequence_length"], steps[line["step"]]
             for file_id, samples in line["samples"].items():
                 step.update(Sample(file_id, sample * length, length) for sample in samples)

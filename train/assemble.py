@@ -94,8 +94,9 @@ def open_run(
         ConfigError, DataError, CheckpointError: the checkpoint does not belong to this config or data, or none is good.
     """
     watch.at("start", watch.step)
-    run, rejected = Path(config.run.dir), []
-    newest = checkpoint.newest_valid(run, rejected.append)
+    run = Path(config.run.dir)
+    # Said at once: it is set aside only once, and the start may fail of something else.
+    newest = checkpoint.newest_valid(run, lambda text: print(text, flush=True) if ranks.is_first else None)
     progress, ledger = _progress(newest, config, data)
     if ranks.is_first:
         drop_samples_after(run, progress.step)
@@ -138,8 +139,6 @@ def open_run(
         if ranks.is_first:
             trainer.log = _open_log(config, data, progress, ranks.world_size)
             cleanup.callback(trainer.log.close)
-            for text in rejected:
-                trainer.log.note(text)
         feed.open()
         loop.log_notes(trainer)
         yield trainer, progress

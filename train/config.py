@@ -88,7 +88,8 @@ class RunSection:
     max_failed_saves: int = 3
     """Saves in a row that may fail, on a full disk for instance, before the run stops."""
     hang_timeout_s: float = 600.0
-    """Seconds without progress, in a life that has made a step, after which the run ends and names the rank."""
+    """Seconds without progress after which the run ends and names the rank; six times as many for a save, ten times as
+    many for all that comes before a life's second step."""
     init_from: str | None = None
     """Hugging Face folder whose weights a new run starts from instead of random ones."""
     allow_changes: tuple[str, ...] = ()
@@ -132,7 +133,8 @@ class DataSection:
     on_bad_sample: Literal["stop", "quarantine"] = "stop"
     """What to do with a sample that differs from its checksum: end the run, or leave it out and write it down."""
     record_samples: bool = False
-    """Whether every rank writes down which samples each step trained: samples/rank-*.jsonl in the run folder."""
+    """Whether every rank writes down which samples each step read, and whether it was applied: samples/rank-*.jsonl in
+    the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +211,7 @@ class KernelSection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardSection:
     """Steps that are not applied. skip: leave the step out, its data is passed over; rollback: load the newest
-    checkpoint and skip the data from there to here; stop: end with code 70."""
+    checkpoint and skip the data from there to here; stop: end with code 70, saving nothing more."""
 
     on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     """What to do with a NaN or infinite loss or gradient."""

@@ -4,6 +4,7 @@ torchrun turns every code but 0 into 1, so the file is what a wrapper reads: cod
 lives in a row ended by an error at this step. The first rank to fail writes it: the others fail because of it.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -48,28 +49,37 @@ def begin_life(run: Path) -> None:
         (run / _EARLIER).unlink(missing_ok=True)
 
 
-def record_end(run: Path, code: int, *, rank: int, step: int, cause: str) -> None:
-    """Writes exit.json, unless another rank has: it ended first."""
+def record_end(
+    run: Path, code: int, *, rank: int, step: int, cause: str, life: str = "", host: str = "", pid: int = 0
+) -> None:
+    """Writes exit.json, unless another rank of this life has: it ended first.
+
+    `host` and `pid` are those of `rank`, by default this process: it may tell of another's end.
+    """
+    # A rank of an earlier life that was slow to end may have left its word in this one.
+    if _read(run / _FILE).get("life", life) != life:
+        with contextlib.suppress(OSError):
+            (run / _FILE).unlink()
     earlier = _read(run / _EARLIER)
     # What fails before the first step, a mistake in a config say, costs nothing and is no reason to refuse a start.
     is_failure = code not in (DONE, STOPPED) and step > 0
     again = is_failure and earlier.get("step") == step and earlier.get("code") not in (DONE, STOPPED)
     entry = {
         "code": code,
+        "life": life,
         "rank": rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
+        "host": host or socket.gethostname(),
+        "pid": pid or os.getpid(),
         "step": step,
         "cause": cause,
         "times": (earlier.get("times", 0) if again else 0) + is_failure,
     }
     temporary = publish.temporary_beside(run / _FILE)
-    try:
+    # Another rank was first, or nothing can be written, or removed: the message on stderr stays.
+    with contextlib.suppress(OSError):
         temporary.write_text(json.dumps(entry) + "\n", encoding="utf-8")
         os.link(temporary, run / _FILE)  # fails if it is there, which a rename does not
-    except OSError:
-        return  # another rank was first, or nothing can be written: the message on stderr stays
-    finally:
+    with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 

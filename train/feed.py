@@ -132,7 +132,7 @@ class Feed:
         if not is_applied:
             self._ledger.not_applied.append(step)
         length = self._order.sequence_length
-        trained: dict[str, list[int]] = {}
+        read: dict[str, list[int]] = {}
         for micro_batch in micro_batches:
             good = np.ones(len(micro_batch.files), dtype=np.bool_)
             # A sample behind the end of its file fills up the last group of it: there is nothing in it to train.
@@ -141,15 +141,15 @@ class Feed:
                 good &= ~((micro_batch.files == file) & (micro_batch.samples == sample))
                 entry = Quarantined(self._order.file_ids[file], sample * length, length, step)
                 self._ledger.quarantined.append(entry)
-            if not is_applied:
-                continue
             files, samples = micro_batch.files[good], micro_batch.samples[good]
-            self._ledger.add(files, samples, length)
+            if is_applied:
+                self._ledger.add(files, samples, length)
             if self._samples_file is not None:
                 for file, sample in zip(files.tolist(), samples.tolist(), strict=True):
-                    trained.setdefault(self._order.file_ids[file], []).append(sample)
-        if self._samples_file is not None and is_applied:
-            self._samples_file.write(json.dumps({"step": step, "sequence_length": length, "samples": trained}) + "\n")
+                    read.setdefault(self._order.file_ids[file], []).append(sample)
+        if self._samples_file is not None:
+            line = {"step": step, "applied": is_applied, "sequence_length": length, "samples": read}
+            self._samples_file.write(json.dumps(line) + "\n")
             self._samples_file.flush()
 
     def books(self) -> dict[str, Any]:
@@ -204,7 +204,6 @@ class Feed:
 
     def _taken(self, state: DataState, request: requests.Request) -> DataState:
         changed = requests.applied(state, request)
-        Order(changed)  # refuses what cannot be replayed
         if request["kind"] == "append":
             hints = {
                 file_id: file_of(file_id, Path(path), state.token_bytes, source)
@@ -236,11 +235,10 @@ class Feed:
         hints = {i: file_of(i, paths.get(i, nowhere), state.token_bytes, s) for i, s in missing.items()}
         self._files |= self._opened([self._listed, hints], data.verify)
         refuse_overlap(self._files.values(), self._validation)
-        self._order = Order(state)
+        order = Order(state)
         removed = Path("removed file")  # never read again, but part of the order's past
-        files = [self._files.get(i) or file_of(i, removed, state.token_bytes) for i in self._order.file_ids]
-        self._num_targets = np.array([file.num_targets for file in files])
-        self._reader = SampleReader(
+        files = [self._files.get(i) or file_of(i, removed, state.token_bytes) for i in order.file_ids]
+        reader = SampleReader(
             files,
             sequence_length=state.sequence_length,
             vocab_size=self._config.model.vocab_size,
@@ -248,6 +246,9 @@ class Feed:
             on_bad_sample=data.on_bad_sample,
             group_samples=state.samples_per_group,
         )
+        # Not before, as it may fail: what is saved then are the books of the old order.
+        self._order, self._reader = order, reader
+        self._num_targets = np.array([file.num_targets for file in files])
         steps_left = max(0, self._config.run.num_steps - state.step)
         wanted = state.position + steps_left * data.batch_sequences // state.samples_per_group
         self._next_sample = state.first_sample
@@ -297,7 +298,7 @@ def fresh_state(config: RunConfig, manifest: Manifest, training: Sequence[DataFi
 
 
 def drop_samples_after(run: Path, step: int) -> None:
-    """Removes from the records of trained samples what an earlier life of the run did after this step."""
+    """Removes from the records of samples what an earlier life of the run did after this step."""
     for path in (run / SAMPLES).glob("rank-*.jsonl"):
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -26,7 +26,7 @@ from train.faults import Faults
 from train.feed import Feed
 from train.guard import Guard, Verdict
 from train.loader import MicroBatch
-from train.metrics import RunLog, StepRecord, memory_gib
+from train.metrics import RunLog, StepRecord, memory_gib, named
 from train.optim import clip_factor, scale_gradients, set_learning_rate, squared_grad_norm, state_tensors
 from train.ranks import Ranks, device_name
 from train.schedule import learning_rate
@@ -149,24 +149,27 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
         rate = learning_rate(trainer.config.optim, progress.step, run.num_steps)
         micro_batches, num_targets = _read(trainer, progress, is_saved=saved_step == progress.step)
         if not micro_batches:
-            progress = Progress(progress.step, trainer.feed.take_up(progress.data))
+            progress = _take_up(trainer, progress, is_saved=saved_step == progress.step)
             if not trainer.feed.has_ended:
                 continue  # what was appended meanwhile
             _end_of_data(trainer, progress, is_saved=saved_step == progress.step)
             break
         outcome = train_step(trainer, micro_batches, num_targets, rate, progress.step + 1)
         # The cursor moves here and nowhere else: read-ahead that no step has committed is read again after a resume.
-        trained = outcome.num_targets if outcome.verdict.action == "apply" else 0
+        trained, first_sample = (
+            outcome.num_targets if outcome.verdict.action == "apply" else 0,
+            progress.data.first_sample,
+        )
         progress = Progress(progress.step + 1, trainer.feed.advanced(progress.data, trained))
         trainer.feed.book(micro_batches, progress.step, outcome.verdict.action == "apply")
         _log_step(trainer, progress, outcome, rate, time.perf_counter() - started_s)
-        _obey(trainer, progress, outcome.verdict)
+        _obey(trainer, progress, outcome.verdict, range(first_sample, progress.data.first_sample))
         stop_requested = outcome.stop_requested
         is_last = progress.step == run.num_steps
         if is_last or progress.step % run.validate_every == 0:
             _validate(trainer, progress)
         if is_last or stop_requested or progress.step % run.save_every == 0:
-            progress = Progress(progress.step, trainer.feed.take_up(progress.data))
+            progress = _take_up(trainer, progress, is_saved=False)
             save(trainer, progress, outcome.loss_mean)
             saved_step = progress.step
         _note_saved(trainer, trainer.saver.finished())
@@ -254,6 +257,7 @@ def finish_save(trainer: Trainer) -> None:
     Raises:
         SaveError: it could not be saved.
     """
+    trainer.watch.at("save", trainer.watch.step)
     _note_saved(trainer, trainer.saver.wait())
     if trainer.save_error is not None:
         raise trainer.save_error
@@ -282,23 +286,38 @@ def _read(trainer: Trainer, progress: Progress, is_saved: bool) -> tuple[list[Mi
     mine = sum(batch.num_targets for batch in micro_batches)
     num_targets, num_failed = trainer.ranks.sum_ints(mine, int(error is not None))
     if num_failed:
-        if not is_saved:
-            save(trainer, progress)
-        finish_save(trainer)
+        _save_all(trainer, progress, is_saved)
         trainer.watch.at("agree", progress.step + 1)
         trainer.ranks.raise_first(error)
     return micro_batches, num_targets
 
 
-def _obey(trainer: Trainer, progress: Progress, verdict: Verdict) -> None:
-    """Says what the guard found; rolls back or stops if it says so."""
+def _take_up(trainer: Trainer, progress: Progress, is_saved: bool) -> Progress:
+    """Progress after the requests that wait; if a rank cannot read on then, as if it could not read a step."""
+    try:
+        return Progress(progress.step, trainer.ranks.together(lambda: trainer.feed.take_up(progress.data)))
+    except (ValueError, OSError):
+        _save_all(trainer, progress, is_saved)
+        raise
+
+
+def _save_all(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
+    """Saves what there is before the run ends."""
+    if not is_saved:
+        save(trainer, progress)
+    finish_save(trainer)
+
+
+def _obey(trainer: Trainer, progress: Progress, verdict: Verdict, samples: range) -> None:
+    """Says what the guard found in a step that read these positions; rolls back or stops if it says so."""
     if verdict.cause is None:
         return
-    run, cause = trainer.config.run, f"step {progress.step}: {verdict.cause}"
+    run, cause = trainer.config.run, f"step {progress.step}: {verdict.cause}; {named(samples)}"
     if trainer.log is not None:
-        trainer.log.event(progress.step, verdict.action, verdict.cause)
+        trainer.log.event(progress.step, verdict.action, verdict.cause, samples)
     if verdict.action in ("rollback", "stop"):
         # The newest checkpoint may still be on its way.
+        trainer.watch.at("save", progress.step)
         _note_saved(trainer, trainer.saver.wait())
         _refuse_failed_saves(trainer)
     if verdict.action == "stop":
@@ -336,9 +355,7 @@ def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
     run = trainer.config.run
     if progress.step % run.validate_every:
         _validate(trainer, progress)
-    if not is_saved:
-        save(trainer, progress)
-    finish_save(trainer)
+    _save_all(trainer, progress, is_saved)
     message = (
         f"the data ends after step {progress.step} of {run.num_steps}: data.max_epochs is reached. Append data with "
         f"`python -m resume append {run.dir} FOLDER` and start the run again"

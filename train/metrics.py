@@ -87,20 +87,23 @@ class RunLog:
             flush=True,
         )
 
-    def event(self, step: int, action: str, cause: str) -> None:
-        """Logs what the guard found in a step."""
-        self._write({"step": step, "event": action, "cause": cause})
-        print(f"GUARD: {action}, step {step}: {cause}", flush=True)
+    def event(self, step: int, action: str, cause: str, samples: range) -> None:
+        """Logs what the guard found in a step, and which positions of the data order the step read."""
+        places = {"first_sample": samples[0], "last_sample": samples[-1]}
+        self._write({"step": step, "event": action, "cause": cause, **places})
+        print(f"GUARD: {action}, step {step}: {cause}; {named(samples)}", flush=True)
 
     def saved(self, saved: Saved) -> None:
         """Logs how a save ended, and how long the training waited for it."""
         if saved.error is not None:
             self._write({"step": saved.step, "event": "save failed", "cause": str(saved.error)})
-            print(f"NOT SAVED, the training goes on: {saved.error}", flush=True)
+            print(f"NOT SAVED: {saved.error}", flush=True)
             return
         values = {"save_stall_s": saved.stall_s, "save_s": saved.save_s, "save_gb": saved.size_bytes / 1e9}
         self._write({"step": saved.step, **values})
         print(f"saved {saved.folder} in {saved.save_s:.2f} s, waited {saved.stall_s:.2f} s", flush=True)
+        if saved.remark is not None:
+            self.note(saved.remark)
 
     def note(self, text: str) -> None:
         """Prints a line that is not a measurement."""
@@ -119,6 +122,11 @@ class RunLog:
         for key, tag in _TENSORBOARD_TAGS.items():
             if finite.get(key) is not None:
                 self._board.add_scalar(tag, finite[key], record["step"])
+
+
+def named(samples: range) -> str:
+    """Positions of the data order, as a person reads them."""
+    return f"samples {samples[0]} to {samples[-1]} of the data order"
 
 
 def format_step(record: StepRecord, num_steps: int, seconds_left: float) -> str:

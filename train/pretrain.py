@@ -7,14 +7,16 @@
 
 In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b" or "smoke" sets the keys of the model that it does not.
 
-A run continues from the newest good checkpoint in run.dir. SIGTERM, SIGINT or SIGUSR1, to a process or to torchrun
-(SIGUSR1 with torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1), stops it at the next step boundary,
-after a checkpoint.
+A run continues from the newest good checkpoint in run.dir. SIGTERM, SIGINT, SIGHUP or SIGUSR1, to a process or to
+torchrun (SIGUSR1 with torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1), stops it at the next step
+boundary, after a checkpoint.
 Exit codes: 0 done, 65 bad data, 70 loss not finite or the same failure thrice, 71 a rank lost or hung, 73 cannot write,
 75 stopped and saved, 78 bad config or checkpoint. torchrun turns all but 0 into 1: run.dir/exit.json has the code.
 """
 
 import contextlib
+import faulthandler
+import gc
 import os
 import secrets
 import sys
@@ -40,6 +42,7 @@ from train.exits import (
 from train.watch import LostRankError
 
 if TYPE_CHECKING:
+    from train.assemble import Data
     from train.loop import RollBackError
     from train.ranks import Ranks
     from train.signals import StopRequest
@@ -155,28 +158,28 @@ def _live(config: RunConfig) -> int:
     try:
         this = ranks.start(config.parallel.device)
         life = this.from_first(lambda: secrets.token_hex(8))
-    except RuntimeError as error:
-        if not ranks.is_lost_connection(error):
-            raise
-        lost = LostRankError(
-            int(os.environ["RANK"]), f"a rank was lost while they joined: {str(error).splitlines()[0]}"
-        )
-        record_end(run, LOST_RANK, rank=lost.rank, step=0, cause=str(lost))
-        raise lost from error
-    with StopRequest() as stop:
-        watch = Watch(run, life=life, rank=this.rank, world_size=this.world_size, timeout_s=config.run.hang_timeout_s)
+    except Exception as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if ranks.is_lost_connection(error):
+            words = str(error).partition("\n")[0]
+            error = LostRankError(rank, f"a rank was lost while they joined: {words}")
+        record_end(run, exit_code(error), rank=rank, step=0, cause=_cause(error))
+        raise error
+    watch = Watch(run, life=life, rank=this.rank, world_size=this.world_size, timeout_s=config.run.hang_timeout_s)
+    with StopRequest() as stop, watch:
         try:
-            with watch:
-                code, step = _pretrain(config, this, watch, stop)
-                if this.is_first:
-                    record_end(run, code, rank=0, step=step, cause="done" if code == DONE else "told to stop")
+            this.together(watch.refuse_unshared)
+            code, step = _pretrain(config, this, watch, stop)
+            cause = "done" if code == DONE else "told to stop"
+            # All wait for it: a launcher that sees one rank end may end the others.
+            this.from_first(lambda: record_end(run, code, rank=0, step=step, cause=cause, life=life))
         except BaseException as error:
             if this.world_size > 1 and ranks.is_lost_connection(error):
                 lost = watch.blame(error)
-                record_end(run, LOST_RANK, rank=lost.rank, step=watch.step, cause=str(lost))
+                watch.record(lost)
                 raise lost from error
-            cause = f"{type(error).__name__}: {error}" if exit_code(error) == BUG else str(error)
-            record_end(run, exit_code(error), rank=this.rank, step=watch.step, cause=cause)
+            if not isinstance(error.__cause__, ranks.ElsewhereError):  # else the rank that met it tells of it
+                record_end(run, exit_code(error), rank=this.rank, step=watch.step, cause=_cause(error), life=life)
             # Peers may wait in a collective that this rank will never join, and leaving the group would wait for them:
             # the process just ends, with its message, and the launcher ends the others.
             if this.world_size == 1:
@@ -190,29 +193,45 @@ def _pretrain(config: RunConfig, ranks: "Ranks", watch: "Watch", stop: "StopRequ
     """Exit code and last step of a life."""
     from evaluation.report import write_report
     from train import plan
-    from train.assemble import open_data, open_run
-    from train.loop import RollBackError, train
+    from train.assemble import open_data
+    from train.loop import RollBackError
 
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan.refuse_impossible(config, ranks.device.type, ranks.world_size, local_world_size)
     data = open_data(config, show_progress=ranks.is_first)
-    finished = None
-    while finished is None:
+    while True:
         try:
-            with open_run(config, data, ranks, watch, stop) as (trainer, progress):
-                finished, has_ended = train(trainer, progress), trainer.feed.has_ended
-                if finished.step < config.run.num_steps and not has_ended:
-                    if trainer.log is not None:
-                        trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
-                    return STOPPED, finished.step
+            code, step = _attempt(config, data, ranks, watch, stop)
+            break
         except RollBackError as back:
             _queue_skip(config, ranks, back)
+        gc.collect()  # FSDP's modules are part of cycles: the old ones would be held beside the new ones
+    if code == STOPPED:
+        return code, step
+    watch.at("start", step)  # a report may take longer than a step may
     if ranks.is_first:
         try:
             print(f"report: {write_report(Path(config.run.dir))}")
         except ValueError as error:  # the run is done and saved all the same
             print(f"no report: {error}")
-    return DONE, finished.step
+    return code, step
+
+
+def _attempt(config: RunConfig, data: "Data", ranks: "Ranks", watch: "Watch", stop: "StopRequest") -> tuple[int, int]:
+    """Exit code and last step of what is trained until the end or a rollback.
+
+    A function of its own, so that nothing of it is left in memory after a rollback.
+    """
+    from train.assemble import open_run
+    from train.loop import train
+
+    with open_run(config, data, ranks, watch, stop) as (trainer, progress):
+        finished = train(trainer, progress)
+        if finished.step == config.run.num_steps or trainer.feed.has_ended:
+            return DONE, finished.step
+        if trainer.log is not None:
+            trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")
+        return STOPPED, finished.step
 
 
 def _queue_skip(config: RunConfig, ranks: "Ranks", back: "RollBackError") -> None:
@@ -233,10 +252,15 @@ def _queue_skip(config: RunConfig, ranks: "Ranks", back: "RollBackError") -> Non
     ranks.from_first(queue)
 
 
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if exit_code(error) == BUG else str(error)
+
+
 def _fail(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash below Python names the line, too
     sys.exit(main())

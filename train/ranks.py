@@ -19,6 +19,13 @@ from data_prep.config_file import ConfigError
 Value = TypeVar("Value")
 
 
+class ElsewhereError(Exception):
+    """The cause of an error that this rank raises because another one met it."""
+
+    def __init__(self, rank: int):
+        super().__init__(f"met by rank {rank}, raised by all")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among its peers."""
@@ -72,9 +79,9 @@ class Ranks:
 
     def raise_first(self, error: Exception | None) -> None:
         """Raises on every rank the error of the first that has one."""
-        for failure in self.gather(error):
+        for rank, failure in enumerate(self.gather(error)):
             if failure is not None:
-                raise failure
+                raise failure from (None if rank == self.rank else ElsewhereError(rank))
 
     def from_first(self, action: Callable[[], Value]) -> Value:
         """What an action returns on the first rank, the only one to do it."""
@@ -150,9 +157,10 @@ def _stop_with_the_launcher() -> None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error looks like that of a collective whose peer is gone; torch has no type for all of them."""
+    """Whether an error, or its cause, looks like that of a collective whose peer is gone; torch has many for it."""
     is_from_torch = re.search("gloo|NCCL|closed by peer|ProcessGroup", str(error)) is not None
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_from_torch)
+    is_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_from_torch)
+    return is_one or (error.__cause__ is not None and is_lost_connection(error.__cause__))
 
 
 def stop() -> None:

@@ -10,7 +10,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Whether this process was told to stop; nothing else happens inside the handler.
 
-    As a context manager it listens to SIGTERM (schedulers), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's early warning).
+    As a context manager it listens to SIGTERM (schedulers), SIGINT (Ctrl-C), SIGUSR1 (Slurm's early warning) and SIGHUP
+    (the terminal was closed), the last unless the process was started with nohup.
     """
 
     def __init__(self) -> None:
@@ -18,7 +19,9 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        has_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = _SIGNALS if has_nohup else (*_SIGNALS, signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,13 +9,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,105 +20,56 @@ from typing import Any
 
 import pytest
 
-from data_prep.config_file import to_toml
 from resume import checkpoint, requests
+from tests import lives
 from tests.prepared import texts_about, write_data
 from tests.runs import tiny_run
 from tests.trained import Sample, audited, file_ids, pretrain_in_process, resume, samples_in, total, trained
 from train.config import RunConfig, with_values
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "PYTHONUNBUFFERED": "1",
-}
 
+class Life(lives.Life):
+    """One life of a run, whose lines are read as they come."""
 
-class Life:
-    """One life of a run, from its start to its end or to a kill, on some number of ranks."""
-
-    def __init__(self, config: RunConfig, num_ranks: int, *flags: object):
+    def __init__(self, config: RunConfig, num_ranks: int):
         self.batch_sequences = config.data.batch_sequences
-        self.resumed_at = 0
-        self.lines: list[str] = []
-        path = Path(config.run.dir).with_suffix(".toml")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_toml(config))
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
-        command = [sys.executable, *launcher, "train/pretrain.py", str(path), *map(str, flags)]
-        self._errors = path.with_suffix(".stderr").open("w+")
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        assert self._process.stdout is not None
-        self._output = iter(self._process.stdout)
+        self._num_read = 0
+        super().__init__(config, num_ranks)
 
-    def until(self, pattern: str) -> re.Match[str]:
-        """Waits for a line, and returns what matches in it."""
-        for line in self._output:
-            self._note(line)
-            if match := re.match(pattern, line):
-                return match
-        raise AssertionError(f"the run ended before a line {pattern!r}:\n{''.join(self.lines)}{self._said()}")
+    @property
+    def lines(self) -> list[str]:
+        """All that the first rank has printed."""
+        return self.out().splitlines()
+
+    @property
+    def resumed_at(self) -> int:
+        """The step that it went on from."""
+        return max([0, *(int(step) for step in re.findall(r"^resuming at step (\d+)$", self.out(), re.MULTILINE))])
+
+    def until_line(self, pattern: str) -> re.Match[str]:
+        """Waits for a line that has not been waited for, and returns what matches in it."""
+        found: list[re.Match[str]] = []
+
+        def has_come() -> bool:
+            lines = self.out().split("\n")[:-1]  # whole ones
+            while self._num_read < len(lines) and not found:
+                found.extend(filter(None, [re.match(pattern, lines[self._num_read])]))
+                self._num_read += 1
+            return bool(found)
+
+        self.until(has_come)
+        assert found or has_come(), f"the run ended before a line {pattern!r}:\n{self.out()}{self.err()}"
+        return found[0]
 
     def steps(self, count: int) -> None:
         """Waits until so many more steps are done."""
         for _ in range(count):
-            self.until(r"step +[\d,]+/")
-
-    def hold_still(self) -> None:
-        """Stops a run of one process until go_on()."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """Lets a run that was held still go on."""
-        self._process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        """Ends launcher and ranks at once, as a power cut does: none of them can save anything."""
-        for process in [*self._ranks(), self._process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self._end()
-
-    def kill_launcher(self) -> None:
-        """Ends the launcher alone, whose ranks save and end by themselves."""
-        self._process.kill()
-        self._end()
+            self.until_line(r"step +[\d,]+/")
 
     def terminate(self) -> None:
-        """Asks for the end as a scheduler does."""
-        self._process.terminate()
-        self._end()
-
-    def end(self) -> int:
-        """Waits for the end and returns the exit code."""
-        self._end()
-        return self._process.returncode
-
-    def _end(self) -> None:
-        assert self._process.stdout is not None
-        if not self._process.stdout.closed:
-            for line in self._output:  # until the last rank has closed the pipe
-                self._note(line)
-            self._process.stdout.close()
-        self._process.wait()
-        self._errors.close()
-
-    def _said(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read()
-
-    def _note(self, line: str) -> None:
-        self.lines.append(line)
-        if match := re.match(r"resuming at step (\d+)$", line):
-            self.resumed_at = int(match[1])
-
-    def _ranks(self) -> list[int]:
-        """Processes that the launcher started; they have sessions of their own, so that no process group has all."""
-        lists = Path(f"/proc/{self._process.pid}/task").glob("*/children")
-        return [int(pid) for listed in lists for pid in listed.read_text().split()]
+        """Asks for the end as a scheduler does, or the kernel if the launcher is gone."""
+        self.signal(signal.SIGTERM)
+        self.end()
 
 
 @dataclasses.dataclass
@@ -136,13 +84,12 @@ class History:
         return [line for life in self.lives for line in life.lines]
 
     @contextlib.contextmanager
-    def life(self, config: RunConfig, num_ranks: int, *flags: object) -> Iterator[Life]:
-        life = Life(config, num_ranks, *flags)
-        self.lives.append(life)
-        try:
+    def life(self, config: RunConfig, num_ranks: int, **data: Any) -> Iterator[Life]:
+        """The next life, with other values in [data]."""
+        allowed = {"allow_changes": ("data.batch_sequences",)}
+        with Life(with_values(config, data=data, run=allowed), num_ranks) as life:
+            self.lives.append(life)
             yield life
-        finally:
-            life.kill()
 
     def taken_at(self) -> dict[int, int]:
         """The step at which each request was taken up, for good."""
@@ -184,12 +131,6 @@ def config_for(folder: Path, *data_folders: Path, **data: Any) -> RunConfig:
     return tiny_run(data_folders[0], folder / "run", run=often, data=portions)
 
 
-def by_command(*arguments: object) -> None:
-    """`python -m resume ...` as a process of its own."""
-    command = [sys.executable, "-m", "resume", *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=100)
-
-
 def epochs_in_order(run: Path, ids: list[str]) -> None:
     """No epoch has a sample twice, and each is over before the next one of the same source begins."""
     code, output = resume("audit", run, *ids, "--json")
@@ -222,7 +163,7 @@ def test_a_run_killed_thrice_whose_data_changes_trains_each_sample_once_an_epoch
     with history.life(config, 2) as life:
         life.steps(chance.randint(8, 14))
         assert resume("append", run, folders["live"])[0] == 0  # beside the running run
-        at = int(life.until(r"request 1 taken up at step (\d+): append of files: \d+ of test")[1])
+        at = int(life.until_line(r"request 1 taken up at step (\d+): append of files: \d+ of test")[1])
         assert at % 7 == 0
         life.steps(chance.randint(1, 9))
         time.sleep(0.02 * chance.random())
@@ -230,32 +171,32 @@ def test_a_run_killed_thrice_whose_data_changes_trains_each_sample_once_an_epoch
     last = max(trained(run))
     assert checkpoint.steps(run)[-1] <= last
 
-    by_command("append", run, folders["stopped"])
+    assert resume("append", run, folders["stopped"])[0] == 0
     removed = file_ids(folders["begun"])[1]
     assert resume("remove", run, removed)[0] == 0
     assert resume("skip", run, "--steps", 3)[0] == 0
-    with history.life(config, 4, "--data.micro-batch-sequences", 1) as life:
-        life.until("request 4 taken up")
+    with history.life(config, 4, micro_batch_sequences=1) as life:
+        life.until_line("request 4 taken up")
         life.steps(chance.randint(5, 12))
         time.sleep(0.02 * chance.random())
         life.kill()
 
     vanishing = write_data(tmp_path / "vanishing", texts=texts_about("vanishing", 40))
-    with history.life(config, 1, "--data.micro-batch-sequences", 4) as life:
+    with history.life(config, 1, micro_batch_sequences=4) as life:
         life.steps(1)
-        life.hold_still()  # so that nothing is taken up before its file is gone
+        life.signal(signal.SIGSTOP)  # so that nothing is taken up before its file is gone
         assert resume("append", run, vanishing)[0] == 0
         shutil.rmtree(vanishing)
         requests.queue(run, requests.pending(run, 0)[0][1])  # a second time, past the command that would refuse it
-        life.go_on()
-        assert str(vanishing) in life.until("request 5 REFUSED: .*").string
-        assert "is part of the run already" in life.until("request 6 REFUSED: .*").string
+        life.signal(signal.SIGCONT)
+        assert str(vanishing) in life.until_line("request 5 REFUSED: .*").string
+        assert "is part of the run already" in life.until_line("request 6 REFUSED: .*").string
         life.steps(chance.randint(1, 9))
         life.kill()
 
-    with history.life(config, 2, "--data.micro-batch-sequences", 5) as life:
-        life.until("the data ends after step")
-        assert life.end() == 0
+    with history.life(config, 2, micro_batch_sequences=5) as life:
+        life.until_line("the data ends after step")
+        assert life.end() == [0, 0]
 
     steps, counts = trained(run), total(trained(run))
     assert sorted(steps) == list(range(1, max(steps) + 1))
@@ -357,15 +298,8 @@ def test_a_run_of_many_lives_trains_what_an_uninterrupted_one_does(soak: Soak, t
     for number in range(soak.num_lives):
         if number > 2 and chance.random() < 0.4 and not skips_at_its_end(run):
             batch = chance.choice(soak.batches)
-        present = with_values(config, data={"batch_sequences": batch})
-        num_ranks = chance.choice((1, 2, 4))
-        flags = (
-            "--data.micro-batch-sequences",
-            chance.choice((1, 2, 5)),
-            "--run.allow-changes",
-            "data.batch_sequences",
-        )
-        with history.life(present, num_ranks, *flags) as life:
+        portions = {"batch_sequences": batch, "micro_batch_sequences": chance.choice((1, 2, 5))}
+        with history.life(config, chance.choice((1, 2, 4)), **portions) as life:
             try:
                 life.steps(chance.randint(1, 15) if number else 8)
                 for _ in range(chance.randint(0, 2)):
@@ -373,14 +307,13 @@ def test_a_run_of_many_lives_trains_what_an_uninterrupted_one_does(soak: Soak, t
                     life.steps(chance.randint(1, 10))
                 time.sleep(0.05 * chance.random())
             except AssertionError:
-                assert life.end() == 0, life.lines
+                assert set(life.end()) == {0}, life.lines
                 num_ended += 1
-            end = chance.choice((life.kill, life.kill, life.kill_launcher, life.terminate))
-            end()
+            chance.choice((life.kill, life.terminate))()
         for _ in range(chance.randint(0, 2)):
             something()
-    with history.life(with_values(config, data={"batch_sequences": batch}), 2, *flags) as life:
-        assert life.end() == 0, life.lines
+    with history.life(config, 2, batch_sequences=batch) as life:
+        assert life.end() == [0, 0], life.lines
 
     ids = [i for folder in folders for i in file_ids(folder)]
     ids = [i for i in ids if i in resume("audit", run, "--json")[1]]  # those whose append was not refused

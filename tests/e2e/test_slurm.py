@@ -19,9 +19,9 @@ from tests.runs import tiny_run
 
 ROOT = Path(__file__).parents[2]
 
-# Starts the command that follows srun's own flag once for each node, and notes the processes.
+# Starts the command that follows srun's own flags once for each node, and notes the processes.
 SRUN = """#!/bin/bash
-shift; shift
+shift; shift; shift
 for node in 1 2; do
     torchrun --local-addr=127.0.0.1 "$@" & echo $! >> "$STAND_IN/nodes"
 done
@@ -33,8 +33,8 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STAND_IN/requeued";
 """
 
 
-def start(config: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+def start(config: Path, folder: Path, *flags: str, srun: str = SRUN) -> subprocess.Popen[str]:
+    for name, text in (("srun", srun), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "nodes").unlink(missing_ok=True)
@@ -53,7 +53,42 @@ def start(config: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = ["bash", "scripts/slurm.sbatch", str(config), *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(config: Path, folder: Path, *flags: str, srun: str) -> tuple[int, str]:
+    """Exit code and output of a job whose srun is another."""
+    job = start(config, folder, *flags, srun=srun)
+    output, _ = job.communicate(timeout=100)
+    return job.returncode, output
+
+
+def test_a_job_is_queued_again_by_its_own_word_alone(tmp_path: Path):
+    """By that of the life before it, one that cannot begin would be queued again and again."""
+    run, other, config = tmp_path / "run", tmp_path / "other", tmp_path / "run.toml"
+    config.write_text(f'[run]\ndir = "{run}"\n')
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "exit.json").write_text('{"code": 75}')
+    code, output = ended(config, tmp_path, srun="#!/bin/bash\nexit 1\n")
+    assert (code, (tmp_path / "requeued").exists()) == (1, False), output
+    assert f"ended without a word in {run}/exit.json" in output
+    # A flag says where the run is, as it does to the trainer.
+    again = f"#!/bin/bash\nrm {other}/exit.json; echo '{{\"code\": 75}}' > {other}/exit.json; exit 1\n"
+    code, output = ended(config, tmp_path, "--run.dir", str(other), srun=again)
+    assert (code, (tmp_path / "requeued").read_text()) == (75, "requeue 7\n"), output
+
+
+@pytest.mark.parametrize("wrong", [("--run.dri", "x"), ("--run.num-steps", "many")])
+def test_a_job_that_is_told_what_it_does_not_know_ends_before_it_starts_anything(
+    tmp_path: Path, wrong: tuple[str, str]
+):
+    config = tmp_path / "run.toml"
+    config.write_text("[run]\nnum_steps = 3\n")
+    code, output = ended(config, tmp_path, *wrong, srun=f"#!/bin/bash\ntouch {tmp_path}/started\n")
+    assert (code, (tmp_path / "started").exists()) == (78, False), output
 
 
 @pytest.mark.slow

@@ -41,15 +41,15 @@ def written(data_folder: Path, folder: Path, **sections: dict) -> Path:
     return path
 
 
-def run(*command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(*command: object, folder: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
     arguments = [str(part) for part in command]
-    result = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(arguments, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 
 
-def train(config: Path, *flags: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "train/pretrain.py", config, *flags, check=check)
+def train(config: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "train/pretrain.py", config)
 
 
 def train_until_step(step: int, number: signal.Signals, config: Path) -> int:
@@ -73,13 +73,14 @@ def losses(run_folder: Path) -> list[float]:
 
 
 def test_a_run_told_to_stop_and_resumed_equals_the_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path):
+    """Whatever the working directory is, and as a script or as a module."""
     more = {"run": {"num_steps": 30}}
     whole, halves = written(data, tmp_path / "whole", **more), written(data, tmp_path / "halves", **more)
-    train(whole)
+    run(sys.executable, ROOT / "train" / "pretrain.py", whole, folder=tmp_path)
     assert train_until_step(10, signal.SIGTERM, halves) == 75
     stopped_at = checkpoint.steps(tmp_path / "halves" / "run")[-1]
     assert 10 <= stopped_at < 30
-    again = train(halves)
+    again = run(sys.executable, "-m", "train.pretrain", halves, folder=tmp_path)
     assert f"resuming at step {stopped_at}" in again.stdout
     assert losses(tmp_path / "halves" / "run") == losses(tmp_path / "whole" / "run")
     assert same_tensors(tmp_path / "halves" / "run" / "step-30", tmp_path / "whole" / "run" / "step-30")
@@ -116,15 +117,6 @@ def test_torchrun_on_two_ranks_trains_below_the_unigram_entropy_and_the_model_is
     assert scores[0].startswith("loss ")
     sample = run(sys.executable, "-m", "evaluation.generate", folder, "--prompt", "def f", "--max-new-tokens", "8")
     assert sample.stdout.strip()
-
-
-def test_the_module_form_and_another_working_directory_work_too(data: Path, tmp_path: Path):
-    config = written(data, tmp_path, run={"num_steps": 1})
-    module = [sys.executable, "-m", "train.pretrain", str(config)]
-    subprocess.run(module, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
-    script = [sys.executable, str(ROOT / "train" / "pretrain.py"), str(config), "--run.num-steps", "2"]
-    subprocess.run(script, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
-    assert checkpoint.steps(tmp_path / "run")[-1] == 2
 
 
 @pytest.mark.slow

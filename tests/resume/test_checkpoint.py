@@ -1,14 +1,17 @@
+import errno
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import publish
 from resume import checkpoint, tensor_file
-from resume.checkpoint import CheckpointError, SaveError
-from resume.regions import Region
+from resume.checkpoint import CheckpointError, DamagedError, SaveError
+from resume.regions import Region, tiles
 from tests.records import rewrite, save, tensors
 
 
@@ -87,10 +90,59 @@ def test_a_cut_record_and_another_format_are_refused(saved: Path):
         checkpoint.read_record(saved)
 
 
+def test_a_checkpoint_of_an_older_format_is_named_and_left_alone(tmp_path: Path):
+    """One that the first version of this format wrote, kept here as it was."""
+    shutil.copytree(Path(__file__).parent / "format-1", tmp_path / "run")
+    message = r"step-3/record\.json: format 1, this version reads 2; resume with the one that wrote it"
+    for load in (checkpoint.open_checkpoint, checkpoint.verify, checkpoint.read_record):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "run" / "step-3")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.newest_valid(tmp_path / "run", lambda text: None)
+    assert checkpoint.steps(tmp_path / "run") == [3]
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server that is away for a minute must not cost a run all its checkpoints."""
+    save(saved.parent, 13, tensors(), {}, "", keep=3)
+
+    def fail(path: Path) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_described", fail)
+    with pytest.raises(CheckpointError, match=r"step-13: cannot be read now; try again.*: .*Input/output error") as e:
+        checkpoint.newest_valid(saved.parent, lambda text: None)
+    assert not isinstance(e.value, DamagedError)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["step-12", "step-13"]
+
+
+def test_a_copy_under_a_higher_number_is_not_taken_for_the_newest(saved: Path):
+    shutil.copytree(saved, saved.with_name("step-5000"))
+    with pytest.raises(CheckpointError, match="step-5000: holds step-12; give it that name, or move it away"):
+        checkpoint.newest_valid(saved.parent, lambda text: None)
+    shutil.rmtree(saved.with_name("step-5000"))  # the remedy
+    newest = checkpoint.newest_valid(saved.parent, lambda text: None)
+    assert newest is not None
+    assert newest.folder == saved
+
+
+def test_the_reason_of_the_damage_is_said_though_the_folder_cannot_be_moved(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (saved / "config.toml").unlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(publish, "publish", refuse)
+    with pytest.raises(CheckpointError, match=r"config\.toml: missing.*; it cannot be moved aside: .*Read-only"):
+        checkpoint.newest_valid(saved.parent, lambda text: None)
+
+
 def test_a_record_that_points_outside_its_folder_is_refused(saved: Path, tmp_path: Path):
     shutil.move(saved / "config.toml", tmp_path / "config.toml")
     record = saved / "record.json"
-    rewrite(record, lambda table: table["files"].update({"../../config.toml": table["files"].pop("config.toml")}))
+    rewrite(record, lambda table: table["files"].update({"../../config.toml": table["files"]["config.toml"]}))
     with pytest.raises(CheckpointError, match="not a file of a checkpoint"):
         checkpoint.open_checkpoint(saved).load_into(tensors())
 
@@ -141,3 +193,36 @@ def test_the_intersection_of_boxes_is_the_set_of_common_points(a: Region, b: Reg
     if not common.is_empty:
         assert bool((whole[common.slices()] == 3).all())
         assert whole[common.slices()].numel() == int((whole == 3).sum())
+
+
+@given(data=st.data())
+def test_boxes_make_up_a_whole_if_each_point_of_it_is_in_one(data: st.DataObject):
+    """Held against a count of points, for boxes cut along one dimension, and for those and others a little off."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    whole = Region(tuple(data.draw(st.integers(0, 2)) for _ in shape), shape)
+    dim = data.draw(st.integers(0, max(0, len(shape) - 1)))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 3)))) if shape else []
+    ends = [*(cut for cut in cuts if cut < shape[dim]), shape[dim]] if shape else [1]
+    boxes = [whole]
+    if shape:
+        spans = zip([0, *ends], ends, strict=False)
+        boxes = [box_of(whole, dim, first, last) for first, last in spans]
+    if data.draw(st.booleans()):
+        boxes = data.draw(st.lists(st.sampled_from(boxes), max_size=4))
+    elif shape and data.draw(st.booleans()):
+        odd = data.draw(st.sampled_from(boxes))
+        boxes[boxes.index(odd)] = box_of(odd, data.draw(st.integers(0, len(shape) - 1)), 0, 1)
+    boxes = data.draw(st.permutations(boxes))
+    points = torch.zeros((7,) * len(shape), dtype=torch.int64)
+    for box in boxes:
+        points[box.slices()] += 1
+    expected = torch.zeros_like(points)
+    expected[whole.slices()] = 1
+    assert tiles(boxes, whole) == torch.equal(points, expected)
+
+
+def box_of(whole: Region, dim: int, first: int, last: int) -> Region:
+    """The part of a box from first to last in one dimension."""
+    offset, shape = list(whole.offset), list(whole.shape)
+    offset[dim], shape[dim] = offset[dim] + first, last - first
+    return Region(tuple(offset), tuple(shape))

@@ -513,7 +513,9 @@ def test_forged_books_are_found_and_their_files_named(run: Path):
 
 def test_books_forged_without_their_hash_are_refused_by_every_command(run: Path, capsys: pytest.CaptureFixture[str]):
     rebook(run, forge, with_hash=False)
-    for arguments in (["status"], ["plan"], ["audit"], ["verify"], ["requeue"]):
+    code, output = resume("verify", run)
+    assert (code, "step-6/record.json: damaged, its hash does not match" in output) == (BAD_DATA, True)
+    for arguments in (["status"], ["plan"], ["audit"], ["requeue"]):
         code, error = refused(capsys, *arguments, run)
         assert code == BAD_DATA
         assert f"{run}/step-6/record.json: damaged, its hash does not match; restore the file" in error
@@ -634,6 +636,20 @@ def test_every_damaged_checkpoint_is_named(run: Path):
     assert first.endswith(f"The file is damaged; {remedy}")
     assert second == f"{missing}: missing; {remedy}"
     assert verdict == "2 findings in 5 files (stat) and 2 checkpoints"
+
+
+def test_checkpoints_are_checked_though_the_newest_one_cannot_be_read(run: Path):
+    """Which shards the run has stands in it, but what is left of the others is what one wants to know then."""
+    older, record = run / "step-3" / "rank-00000.safetensors", run / "step-6" / "record.json"
+    older.unlink()
+    record.write_bytes(record.read_bytes()[:100])
+    code, output = resume("verify", run, "--level", "stat")
+    assert code == BAD_DATA
+    first, second, third, verdict = output.splitlines()
+    assert first.startswith(f"{older}: missing; ")
+    assert second.startswith(f"{record}: unreadable ")
+    assert third == f"{run}: the shards are not checked, as the newest checkpoint cannot be read"
+    assert verdict == "3 findings in 0 files (stat) and 2 checkpoints"
 
 
 # What is refused

@@ -14,7 +14,7 @@ from tests.resume.tables import computed_once
 OPERATIONS = ["train", "save", "kill", "append", "remove", "skip", "requeue", "reweight", "batch", "refuse"]
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", [0, 50])
 def test_random_histories_keep_every_promise(first: int):
     counts: collections.Counter[str] = collections.Counter()
     most_epochs = 0

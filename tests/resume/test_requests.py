@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -115,7 +116,13 @@ def test_many_threads_at_once_neither_collide_nor_lose_a_request(tmp_path: Path)
         b'{"kind": "reweight", "weights": {"web": NaN}, "from_tokens": null}',
         b'{"kind": "reweight", "weights": {"web": 0}, "from_tokens": null}',
         b'{"kind": "reweight", "weights": {"web": 1}, "from_tokens": 1.5}',
+        b'{"kind": "reweight", "weights": {"web": 1' + b"0" * 400 + b'}, "from_tokens": null}',
+        b"[" * 200_000,
+        b'{"kind": "remove", "file_ids": ["%s-%s-0"]}' % (b"0" * 32, b"0" * 32),
+        b'{"kind": "remove", "file_ids": ["%s-%s-1%s"]}' % (b"0" * 32, b"0" * 32, b"0" * 30),
+        b'{"kind": "remove", "file_ids": ["%s-%s-%s"]}' % (b"0" * 32, b"0" * 32, b"9" * 5_000),
     ],
+    ids=lambda content: content[:60].decode(errors="replace"),
 )
 def test_what_is_no_request_is_refused_by_name_and_keeps_nothing_else_from_being_done(tmp_path: Path, content: bytes):
     (tmp_path / "requests").mkdir()
@@ -130,8 +137,22 @@ def test_what_is_no_request_is_refused_by_name_and_keeps_nothing_else_from_being
 
 def test_a_request_that_the_disk_does_not_give_is_an_error_and_not_a_refusal(tmp_path: Path):
     (tmp_path / "requests" / "0001.json").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"0001\.json: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"0001\.json: cannot be read \(not a plain file\)"):
         requests.pending(tmp_path, 0)
+
+
+def test_a_pipe_in_the_place_of_a_request_keeps_nobody_waiting(tmp_path: Path):
+    (tmp_path / "requests").mkdir()
+    os.mkfifo(tmp_path / "requests" / "0001.json")
+    with pytest.raises(DataError, match=r"0001\.json: cannot be read \(not a plain file\); restore it, or delete it"):
+        requests.pending(tmp_path, 0)
+
+
+def test_a_name_that_no_request_was_given_is_none(tmp_path: Path):
+    assert requests.queue(tmp_path, REMOVE) == 1
+    for name in ("1.json", "00001.json", "002.json", "0003.json.old"):
+        (tmp_path / "requests" / name).write_text(json.dumps(SKIP))
+    assert requests.pending(tmp_path, 0) == [(1, REMOVE)]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +198,14 @@ def test_weights_change_now_or_later_and_with_an_append():
         ({**SKIP, "num_steps": 0}, "cannot skip 0 steps"),
         ({**SKIP, "num_steps": -2}, "cannot skip -2 steps"),
         (REWEIGHT, "one pool"),
+        (
+            {**SKIP, "num_steps": 10**12},
+            "skip of 1000000000000 steps: the whole data is 7 steps; skip no more than that",
+        ),
+        ({**SKIP, "num_steps": 10**400}, "the whole data is 7 steps"),
+        ({**SKIP, "num_steps": 10**400, "because": "it rolled back"}, "not a request|skip"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_request_that_does_not_fit_is_refused_and_says_why(request_: requests.Request, message: str):
     with pytest.raises(DataError, match=message):

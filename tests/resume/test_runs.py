@@ -1,6 +1,7 @@
 """A run folder says what it holds, and what is wrong with it by name and with a remedy."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from data_prep.config_file import to_toml
 from data_prep.manifest import read_manifest
 from resume import checkpoint, requests
-from resume.checkpoint import CheckpointError
+from resume.checkpoint import CheckpointError, DamagedError
 from resume.manifest import DataError, listed_files
 from resume.order import Order
 from resume.runs import RequestError, open_run, read_paths
@@ -81,7 +82,7 @@ def test_a_request_that_cannot_be_replayed_will_be_refused(root: Path):
     run = open_run(root / "run")
     changed, refused = run.with_pending()
     assert changed == run.state
-    assert re.fullmatch(r"request 1: the data ends at group \d+, before group \d+.*", refused[0])
+    assert re.fullmatch(r"request 1: skip of 1000000 steps: the whole data is \d+ steps; skip no more.*", refused[0])
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,18 @@ def test_a_damaged_record_is_refused_by_name_though_an_older_checkpoint_is_good(
         (lambda record: record["data"].pop("seed"), "missing or unknown field .*the record is damaged"),
         (lambda record: record["data"].update(position=10**6, max_epochs={"": 1}), "the data ends at group"),
         (lambda record: record["trained"]["counts"].pop(), "record of trained samples has 4 files, its state 5"),
-        (lambda record: record["files"].pop("config.toml"), "its record has no 'config.toml'"),
+        (lambda record: record.update(data=None), "data state that is no table"),
     ],
 )
 def test_a_record_that_makes_no_run_is_refused_by_name(root: Path, change: Callable[[dict], object], message: str):
     rewrite(root / "run" / "step-3" / "record.json", change)
     with pytest.raises(DataError, match=f"^{root}/run/step-3: .*{message}"):
+        open_run(root / "run")
+
+
+def test_a_record_that_vouches_for_no_config_is_refused(root: Path):
+    rewrite(root / "run" / "step-3" / "record.json", lambda record: record["files"].pop("config.toml"))
+    with pytest.raises(DamagedError, match=r"step-3/record\.json: damaged, it names no files, no config or no step"):
         open_run(root / "run")
 
 
@@ -151,7 +158,23 @@ def test_a_damaged_config_is_refused_by_name(root: Path, content: bytes | None):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"step-3: config.toml is (damaged|unreadable).*; restore it"):
+    with pytest.raises(DamagedError, match=r"step-3/config\.toml: .*; restore the file"):
+        open_run(root / "run")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_a_config_that_has_no_end_is_not_opened(root: Path, make: Callable[[Path], object]):
+    path = root / "run" / "step-3" / "config.toml"
+    path.unlink()
+    make(path)
+    with pytest.raises(DamagedError, match="record names 'config.toml', which is not a file of a checkpoint"):
+        open_run(root / "run")
+
+
+def test_a_run_of_which_nothing_good_is_left_is_told_from_one_that_has_not_saved(root: Path):
+    for step in (1, 3):
+        (root / "run" / f"step-{step}").rename(root / "run" / f"step-{step}.bad")
+    with pytest.raises(DataError, match=r"no good checkpoint is left, only step-1\.bad, step-3\.bad; restore one"):
         open_run(root / "run")
 
 

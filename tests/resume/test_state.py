@@ -113,6 +113,40 @@ def test_a_run_that_cannot_be_is_not_begun(options: dict, message: str):
         begun(**options)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in ("group_tokens", "window_groups", "token_bytes") for value in (0, -1, "8", None)),
+        *({name: value} for name in ("position", "step", "tokens_seen", "requests_taken") for value in (-1, "1", 1.5)),
+        {"position": 10**15},
+        {"seed": "x"},
+        {"events": []},
+        {"events": [{"kind": "batch", "at": 0, "step": 0, "batch_sequences": 0, "sequence_length": 8}]},
+        {"events": [{"kind": "batch", "at": -1, "step": 0, "batch_sequences": 4, "sequence_length": 8}]},
+        *(
+            {"files": {"all": [name]}}
+            for name in ("x", 5, A + "0" * 20, A.rsplit("-", 1)[0] + "-4097", A.rsplit("-", 1)[0] + "-0012", "../" + A)
+        ),
+    ],
+    ids=str,
+)
+def test_a_record_that_makes_no_sense_is_refused_and_does_not_end_in_a_bug(change: dict[str, Any]):
+    """Its hash may be right: a checkpoint may come from somebody else."""
+    table = json.loads(json.dumps(stepped(begun(), 3).to_json()))
+    if "files" in change:
+        table["events"][-1] |= change
+    else:
+        table |= change
+    with pytest.raises(DataError, match="data state .*; the record is damaged"):
+        state.from_json(table)
+
+
+def test_a_state_that_is_no_table_is_refused():
+    for table in (None, [], "x", 5):
+        with pytest.raises(DataError, match="data state that is no table; the record is damaged"):
+            state.from_json(table)  # pyright: ignore[reportArgumentType]
+
+
 def test_without_a_mixture_all_files_are_one_source():
     assert begun().sources == {"all": sorted([A, B, C])}
     assert mixed().sources == {"code": [C], "web": sorted([A, B])}

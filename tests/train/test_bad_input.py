@@ -14,6 +14,7 @@ from data_prep.shards import HEADER_BYTES
 from tests.prepared import write_data
 from tests.runs import tiny_run
 from train import pretrain
+from train.exits import read_end
 from train.pretrain import BAD_CONFIG, BAD_DATA, CANNOT_WRITE
 
 
@@ -113,10 +114,13 @@ def test_replicas_that_do_not_divide_the_devices(config: Path, capsys: pytest.Ca
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_gpu_demanded_where_there_is_none(config: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_gpu_demanded_where_there_is_none(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, error = refused(capsys, config, "--parallel.device", "cuda")
     assert code == BAD_CONFIG
     assert "parallel.device = 'cuda', but torch finds no CUDA device" in error
+    end = read_end(tmp_path / "run")
+    assert (end["code"], end["rank"], end["step"]) == (BAD_CONFIG, 0, 0)
+    assert f"error: {end['cause']}\n" == error
 
 
 def test_a_config_that_differs_from_the_checkpoint(config: Path, capsys: pytest.CaptureFixture[str]):
@@ -229,6 +233,32 @@ def test_a_damaged_checkpoint(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert code == BAD_CONFIG
     assert "rank-00000.safetensors" in error
     assert "The file is damaged" in error
+
+
+def test_why_a_checkpoint_was_set_aside_is_said_though_the_start_then_fails_of_something_else(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The next start finds nothing to set aside, so it could not say it."""
+    assert pretrain.main([str(config), "--run.save-every", "1"]) == 0
+    (tmp_path / "run" / "step-2" / "rank-00000.safetensors").unlink()
+    capsys.readouterr()
+    assert pretrain.main([str(config), "--optim.beta2", "0.99"]) == BAD_CONFIG
+    said = capsys.readouterr()
+    assert "checkpoint step-2 REJECTED: " in said.out
+    assert "rank-00000.safetensors: missing" in said.out
+    assert "optim.beta2 = 0.99, the checkpoint has 0.95" in said.err
+
+
+def test_a_shard_that_is_there_twice(data: Path, config: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copy(data / "train" / "test-00000.bin", data / "train" / "twin-00000.bin")
+    manifest = read_manifest(data)
+    twin = next(record for record in manifest.shards if record.file == "train/test-00000.bin")
+    twins = (*manifest.shards, dataclasses.replace(twin, file="train/twin-00000.bin"))
+    write_manifest(data, dataclasses.replace(manifest, shards=twins))
+    code, error = refused(capsys, config)
+    assert code == BAD_DATA
+    assert "twin-00000.bin and " in error
+    assert "test-00000.bin have the same content; remove one from the manifest" in error
 
 
 def test_initial_weights_of_another_shape(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

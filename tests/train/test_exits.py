@@ -1,5 +1,6 @@
 """How a run ended: what exit.json says, who writes it, and when a failure has happened too often."""
 
+import errno
 import json
 import os
 import socket
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from resume import checkpoint
+from resume.manifest import DataError
 from tests.lives import Life, finished, lived
 from tests.prepared import write_data
 from tests.processes import run_ranks
 from tests.runs import tiny_run
-from train import exits
+from train import exits, ranks
 from train.config import with_values
 from train.exits import RepeatedFailureError, begin_life, read_end, record_end
 
@@ -29,9 +31,10 @@ def fail(run: Path, step: int, code: int = exits.BUG) -> None:
 
 
 def test_a_file_says_code_rank_host_process_step_and_cause(tmp_path: Path):
-    record_end(tmp_path, exits.BAD_DATA, rank=3, step=7, cause="a shard is gone")
+    record_end(tmp_path, exits.BAD_DATA, rank=3, step=7, cause="a shard is gone", life="abc")
     assert json.loads((tmp_path / "exit.json").read_text()) == {
         "code": 65,
+        "life": "abc",
         "rank": 3,
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -66,6 +69,19 @@ def test_of_many_ranks_that_write_at_once_one_is_heard_and_nothing_is_torn(tmp_p
 def test_where_nothing_can_be_written_the_end_is_not_made_worse(tmp_path: Path):
     record_end(tmp_path / "nowhere", exits.CANNOT_WRITE, rank=0, step=1, cause="no disk")
     assert read_end(tmp_path / "nowhere") == {}
+
+
+def test_on_a_disk_that_only_reads_the_end_is_not_made_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """There even deleting what is not there is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    fail(tmp_path, 4)
+    for name in ("write_text", "unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    record_end(tmp_path, exits.CANNOT_WRITE, rank=0, step=1, cause="no disk", life="another")
+    assert read_end(tmp_path)["cause"] == "it broke at 4"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"'])
@@ -147,5 +163,27 @@ def test_a_rank_that_raises_is_named_and_the_others_end_soon(data: Path, tmp_pat
         assert set(codes[:2]) == {exits.LOST_RANK}
     end = read_end(run)
     assert (end["code"], end["rank"], end["step"]) == (exits.BUG, 2, 5)
-    assert "InjectedError" in end["cause"]
+    assert (end["pid"], "InjectedError" in end["cause"]) == (life.pids[2], True)
     assert any("rank 2" in life.err(rank) and "failed at step 5" in life.err(rank) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_that_all_ranks_raise_is_told_by_the_one_that_met_it(tmp_path: Path, rank: int):
+    def meet(this_rank: int) -> str:
+        this = ranks.start("cpu")
+        try:
+            this.raise_first(DataError("a shard is gone") if this_rank == rank else None)
+        except DataError as error:
+            return f"{error}, {error.__cause__}"
+        return "nothing"
+
+    told = run_ranks(meet, 2, tmp_path)
+    assert told[rank] == "a shard is gone, None"
+    assert told[1 - rank] == f"a shard is gone, met by rank {rank}, raised by all"
+
+
+def test_a_rank_that_was_lost_during_a_save_is_known_as_that():
+    error = checkpoint.SaveError("cannot save step-3: [gloo] Connection closed by peer")
+    assert not ranks.is_lost_connection(error)
+    error.__cause__ = RuntimeError("[gloo] Connection closed by peer")
+    assert ranks.is_lost_connection(error)

@@ -177,7 +177,8 @@ def test_a_bit_that_flips_is_found_by_the_checksum_and_named(checked: Path, tmp_
     assert Path(named[1]).parent == checked / "train"
     stopped_at = checkpoint.steps(run)[-1]
     assert stopped_at >= 4
-    assert exits.read_end(run)["code"] == exits.BAD_DATA
+    end = exits.read_end(run)
+    assert (end["code"], end["rank"], end["pid"]) == (exits.BAD_DATA, rank, life.pids[rank])
     # What was trained until then is kept, and the data itself is well: the next life passes it.
     finished(config, num_ranks, before=read_late)
     assert list(trained(run)) == list(range(1, 21))

@@ -309,7 +309,7 @@ def test_a_policy_to_stop_ends_the_run_with_its_own_code(data: Path, tmp_path: P
     assert life.codes == [exits.NOT_FINITE] * 2
     end = exits.read_end(run)
     assert (end["code"], end["step"]) == (exits.NOT_FINITE, 5)
-    assert "The guard is told to stop" in end["cause"]
+    assert "; samples 48 to 59 of the data order. The guard is told to stop" in end["cause"]
     assert events(run) == [(5, "stop")]
     assert checkpoint.steps(run) == [3]
 
@@ -355,6 +355,7 @@ def test_a_rollback_goes_back_to_the_newest_checkpoint_and_trains_other_data(
     assert (
         "ROLLBACK to step 3, request 1: skip of 2 steps (rolled back from step 5 to 3, step 5: not finite" in life.out()
     )
+    assert "; samples 48 to 59 of the data order)\n" in life.out()
     ((number, request),) = requests.pending(run, 0)
     assert (number, request["kind"], request["num_steps"], request["for_good"]) == (1, "skip", 2, False)
     assert request["because"].startswith("rolled back from step 5 to 3, step 5: not finite: loss nan")

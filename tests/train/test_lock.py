@@ -1,5 +1,7 @@
 """One run at a time in a run folder."""
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -47,6 +49,15 @@ def test_a_folder_whose_holder_was_killed_is_free_at_once(tmp_path: Path):
         assert f"pid {os.getpid()} " in (tmp_path / "lock").read_text()
     os.close(ready)
     os.close(told)
+
+
+def test_a_file_system_without_locks_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LockedError, match=r"lock: cannot be locked \(Function not implemented\).*Lustre: -o flock"):
+        RunLock(tmp_path)
 
 
 def test_what_a_longer_line_left_in_the_file_is_not_read_as_part_of_the_holder(tmp_path: Path):

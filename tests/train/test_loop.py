@@ -1,18 +1,23 @@
 """The loop itself, in this process: skipping, stopping, logging."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from evaluation.report import read_metrics, write_report
 from model.batch import Batch
-from resume import checkpoint, state
+from resume import checkpoint, requests, state
+from resume.manifest import DataError
+from resume.order import Order
 from tests.prepared import write_data
 from tests.runs import opened, tiny_run
-from train import pretrain
+from train import assemble, feed, pretrain
 from train.assemble import open_data
 from train.config import RunConfig
 from train.loop import NotFiniteError, Progress, train
@@ -73,6 +78,62 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(data: Path
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "validation_loss" in r] == [0, 3, 6]
+
+
+def test_a_step_that_is_not_applied_is_written_down_with_what_was_in_it(data: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    run_with(tiny_run(data, run, data={"record_samples": True}), poisoned({3}, 6))
+    (event,) = [record for record in read_metrics(run) if "event" in record]
+    assert (event["step"], event["first_sample"], event["last_sample"]) == (4, 36, 47)
+    assert "GUARD: skip, step 4: not finite: " in (said := capsys.readouterr().out)
+    assert "; samples 36 to 47 of the data order\n" in said
+    lines = [json.loads(line) for line in (run / "samples" / "rank-00000.jsonl").read_text().splitlines()]
+    assert [line["applied"] for line in lines] == [True, True, True, False, True, True]
+    state_then = state.from_json(checkpoint.read_record(run / "step-6")["data"])
+    order = Order(state_then)
+    files, samples = order.resolve(np.arange(36, 48))
+    expected = {(order.file_ids[f], s) for f, s in zip(files.tolist(), samples.tolist(), strict=True)}
+    assert {(i, s) for i, found in lines[3]["samples"].items() for s in found} <= expected
+    assert sum(map(len, lines[3]["samples"].values())) > 6
+
+
+def test_what_is_trained_is_saved_if_the_run_cannot_read_on_after_a_request(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A request is taken up beside a file whose checksums, say, are damaged by now."""
+    run = tmp_path / "run"
+    with opened(tiny_run(data, run)) as (trainer, progress):
+        requests.queue(run, {"kind": "skip", "num_steps": 1, "for_good": False})
+
+        def fail(*_: object, **__: object) -> None:
+            raise DataError("checksums that are none")
+
+        monkeypatch.setattr(feed, "SampleReader", fail)
+        with pytest.raises(DataError, match="checksums that are none"):
+            train(trainer, progress)
+    assert checkpoint.steps(run) == [3]
+    monkeypatch.undo()
+    with opened(tiny_run(data, run)) as (trainer, progress):
+        assert (progress.step, progress.data.requests_taken) == (3, 1)
+        assert train(trainer, progress).step == 6
+
+
+def test_a_rollback_lets_go_of_the_model_before_it_makes_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two of them would not fit on a device that one of them fills."""
+    made, build = [], assemble.build_model
+
+    def build_watched(*arguments: Any) -> nn.Module:
+        assert [model() for model in made] == [None] * len(made)
+        made.append(weakref.ref(model := build(*arguments)))
+        return model
+
+    monkeypatch.setattr(assemble, "build_model", build_watched)
+    inject = {"inject": ("nan:rank=0,step=5",)}
+    config = tiny_run(data, tmp_path / "run", guard={"on_nonfinite": "rollback"}, debug=inject)
+    assert pretrain.pretrain(config) == 0
+    assert len(made) == 2
 
 
 def test_a_run_goes_on_after_a_bad_step_and_stops_after_several_in_a_row(data: Path, tmp_path: Path):

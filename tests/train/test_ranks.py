@@ -1,11 +1,14 @@
 """Several real processes train to the weights of one; accumulation and resuming do not change them either."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from evaluation.report import read_metrics
 from resume import checkpoint, tensor_file
 from tests.prepared import write_data
 from tests.processes import run_ranks
@@ -20,11 +23,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data")
 
 
-def config(data_folder: Path, run: Path, **sections: dict[str, Any]) -> RunConfig:
-    """With exact sums of gradients, so that the bits do not depend on the number of ranks; for fifty steps."""
-    sections["run"] = {"num_steps": 50, "save_every": 25, "validate_every": 50, **sections.get("run", {})}
+def config(data_folder: Path, run_folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """With exact sums of gradients, so that the bits do not depend on the number of ranks; for twelve steps."""
+    sections["run"] = {"num_steps": 12, "save_every": 6, "validate_every": 100, **sections.get("run", {})}
     sections["parallel"] = {"precision": "exact", **sections.get("parallel", {})}
-    return tiny_run(data_folder, run, **sections)
+    return tiny_run(data_folder, run_folder, **sections)
 
 
 def trained(config: RunConfig, world_size: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -43,12 +46,22 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+Alone = Callable[[int], dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("alone")
-    return trained(config(data, folder / "run"), 1, folder)
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """The weights of one rank after so many steps."""
+
+    @functools.cache
+    def after(num_steps: int) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("alone")
+        return trained(config(data, folder / "run", run={"num_steps": num_steps}), 1, folder)
+
+    return after
 
 
+@pytest.mark.parametrize("num_steps", [12, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("world_size", "sections"),
     [
@@ -71,10 +84,26 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tor
     ],
 )
 def test_several_ranks_train_to_the_weights_of_one_bit_for_bit(
-    data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, world_size: int, sections: dict[str, Any]
+    data: Path, alone: Alone, tmp_path: Path, world_size: int, sections: dict[str, Any], num_steps: int
 ):
-    together = trained(config(data, tmp_path / "run", **sections), world_size, tmp_path)
-    assert largest_difference(together, alone) == 0
+    several = config(data, tmp_path / "run", run={"num_steps": num_steps}, **sections)
+    assert largest_difference(trained(several, world_size, tmp_path), alone(num_steps)) == 0
+
+
+@pytest.mark.parametrize("num_steps", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_losses_in_bf16_hardly_depend_on_the_number_of_ranks(data: Path, tmp_path: Path, num_steps: int):
+    """Products are rounded to bf16, sums over ranks to fp32."""
+
+    def losses(world_size: int, replicas: int = 1) -> list[float]:
+        folder = tmp_path / f"{world_size}-{replicas}"
+        in_bf16 = {"precision": "bf16", "replicas": replicas}
+        trained(config(data, folder / "run", run={"num_steps": num_steps}, parallel=in_bf16), world_size, folder)
+        return [record["loss"] for record in read_metrics(folder / "run") if "loss" in record]
+
+    one, two, replicated = losses(1), losses(2), losses(2, replicas=2)
+    assert len(one) == num_steps
+    assert two == pytest.approx(one, abs=1e-5)
+    assert replicated == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 12])
@@ -91,14 +120,14 @@ def test_another_split_into_micro_batches_gives_the_same_weights(data: Path, tmp
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_a_run_resumed_on_another_number_of_ranks_ends_at_the_same_weights(
-    data: Path, alone: dict[str, torch.Tensor], tmp_path: Path, before: int, after: int
+    data: Path, alone: Alone, tmp_path: Path, before: int, after: int
 ):
     whole = config(data, tmp_path / "run")
     trained(whole, before, tmp_path)
-    # As if the first life had been killed after its checkpoint at step 25.
-    (tmp_path / "run" / "step-50").rename(tmp_path / "lost")
+    # As if the first life had been killed after its checkpoint at step 6.
+    (tmp_path / "run" / "step-12").rename(tmp_path / "lost")
     resumed = trained(whole, after, tmp_path / "again")
-    assert largest_difference(resumed, alone) == 0
+    assert largest_difference(resumed, alone(12)) == 0
 
 
 def test_a_run_resumed_on_as_many_ranks_equals_the_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path):

@@ -20,3 +20,17 @@ def test_a_second_ctrl_c_interrupts_at_once():
     with StopRequest(), pytest.raises(KeyboardInterrupt):  # noqa: PT012 the second signal is what raises
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_closed_terminal_stops_a_run_unless_it_was_started_with_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.is_set
+    finally:
+        signal.signal(signal.SIGHUP, before)
