@@ -29,10 +29,11 @@ from kernels.launch import num_warps, rows_of, runs_triton, sum_dtype
 
 IGNORE = -100
 
-# The widest row that one program keeps in registers: 32 fp32 numbers in each of 1024 threads, 64 registers each. With
-# a soft cap both the logits and their exponentials are needed to the end.
+# The widest row that one program keeps in registers: 32 fp32 numbers in each of 1024 threads of 64 registers. Half of
+# that with a soft cap, where logits and exponentials are both needed to the end, and where rows do not start at
+# multiples of 16 elements, so that every number has an address of its own.
 _ONE_BLOCK = 32_768
-_ONE_BLOCK_CAPPED = 16_384
+_ONE_BLOCK_CROWDED = 16_384
 # Columns at a time of wider rows. Such a block fills a multiprocessor with one program, so that few rows are under way
 # at once and their second reading finds them in the cache: 132 rows of 128k bf16 logits are 34 MB, an H100's L2 50.
 _BLOCK = 16_384
@@ -258,14 +259,14 @@ def _forward_op(
 
     Both, because their one logarithm, lse, would be rounded by its own size where a probability needs a difference.
     """
-    softmax_M2 = torch.empty((len(logits_MV), 2), dtype=sum_dtype(logits_MV), device=logits_MV.device)
+    softmax_M2 = torch.empty((logits_MV.shape[0], 2), dtype=sum_dtype(logits_MV), device=logits_MV.device)
     loss_M = _launch_rows(rows_of(logits_MV), targets_M, softmax_M2, z_loss, soft_cap, label_smoothing)
     return loss_M, softmax_M2
 
 
 @_forward_op.register_fake
 def _(logits_MV: Tensor, targets_M: Tensor, z_loss: float, soft_cap: float | None, label_smoothing: float):
-    softmax_M2 = torch.empty((len(logits_MV), 2), dtype=sum_dtype(logits_MV), device=logits_MV.device)
+    softmax_M2 = torch.empty((logits_MV.shape[0], 2), dtype=sum_dtype(logits_MV), device=logits_MV.device)
     return torch.empty_like(softmax_M2[:, 0]), softmax_M2
 
 
@@ -278,7 +279,7 @@ def _gradient_op(
 
 @_gradient_op.register_fake
 def _(logits_MV: Tensor, targets_M: Tensor, z_loss: float, soft_cap: float | None, label_smoothing: float):
-    return torch.empty(len(logits_MV), dtype=sum_dtype(logits_MV), device=logits_MV.device)
+    return torch.empty(logits_MV.shape[0], dtype=sum_dtype(logits_MV), device=logits_MV.device)
 
 
 @torch.library.custom_op("bessemer::cross_entropy_backward", mutates_args=())
@@ -352,7 +353,8 @@ def _launch_rows(
     num_rows, width = logits_MV.shape
     loss_M = torch.empty(num_rows, dtype=sum_dtype(logits_MV), device=logits_MV.device)
     block_width = 1 << (width - 1).bit_length()  # tl.arange wants a power of two
-    if block_width > (_ONE_BLOCK if soft_cap is None else _ONE_BLOCK_CAPPED):
+    is_crowded = soft_cap is not None or logits_MV.stride(0) % 16 != 0
+    if block_width > (_ONE_BLOCK_CROWDED if is_crowded else _ONE_BLOCK):
         block_width = _BLOCK
     if num_rows:
         _rows_kernel[(num_rows,)](
@@ -437,32 +439,31 @@ def _rows_kernel(
     is_ignored = target == ignore
     is_inside = (target >= 0) & (target < width)
     target_logit = _capped(tl.load(row_ptr + target, mask=is_inside, other=0.0), soft_cap, IN_FP64)
-    neg_inf = float("-inf")
 
-    # Everything is shifted by the largest logit, or by 0 while there are only -inf: -inf less -inf is NaN.
     if BLOCKS == 1:
         mask = column < width
-        c = tl.where(mask, _capped(tl.load(row_ptr + column, mask=mask, other=neg_inf), soft_cap, IN_FP64), neg_inf)
-        largest = tl.max(c, axis=0)
-        shift = tl.where(largest == neg_inf, 0.0, largest)
+        logits = tl.load(row_ptr + column, mask=mask, other=float("-inf"))
+        c = tl.where(mask, _capped(logits, soft_cap, IN_FP64), float("-inf"))
+        shift = tl.max(c, axis=0)
         e = tl.exp(c - shift)
         total = tl.sum(e, axis=0)
         logit_sum = tl.sum(tl.where(mask, c, 0.0), axis=0) if label_smoothing > 0 else 0.0
     else:
-        largest = tl.full([], neg_inf, SUM)
+        largest = tl.full([], float("-inf"), SUM)
         shift = tl.full([], 0.0, SUM)
         logit_sum = tl.full([], 0.0, SUM)
         totals = tl.zeros([BLOCK], dtype=SUM)
-        logits = tl.load(row_ptr + column, mask=column < width, other=neg_inf)
+        logits = tl.load(row_ptr + column, mask=column < width, other=float("-inf"))
         for i in range(BLOCKS):
             mask = i * BLOCK + column < width
-            c = tl.where(mask, _capped(logits, soft_cap, IN_FP64), neg_inf)
+            c = tl.where(mask, _capped(logits, soft_cap, IN_FP64), float("-inf"))
             # The next block is on its way while this one is summed; past the last one nothing is read.
             following = (i + 1) * BLOCK + column
-            logits = tl.load(row_ptr + following, mask=following < width, other=neg_inf)
+            logits = tl.load(row_ptr + following, mask=following < width, other=float("-inf"))
             before = largest
             largest = tl.maximum(largest, tl.max(c, axis=0))
-            shift = tl.where(largest == neg_inf, 0.0, largest)
+            # By 0 while there are only -inf, because -inf less -inf is NaN.
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
             totals = totals * tl.exp(before - shift) + tl.exp(c - shift)
             if label_smoothing > 0:
                 logit_sum += tl.sum(tl.where(mask, c, 0.0), axis=0)

@@ -69,7 +69,7 @@ def linear_cross_entropy_sum(
         return cross_entropy_sum(F.linear(hidden, head_VD), targets, **options)
     hidden_MD, targets_M = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if chunk_rows is None:
-        chunk_rows = default_chunk_rows(len(hidden_MD), hidden.device.type)
+        chunk_rows = default_chunk_rows(hidden_MD.shape[0], hidden.device.type)
     with_gradients = [torch.is_grad_enabled() and operand.requires_grad for operand in (hidden, head_VD)]
     loss_sum, _, _ = torch.ops.bessemer.linear_cross_entropy(
         hidden_MD, head_VD, targets_M, chunk_rows, *with_gradients, z_loss, soft_cap, label_smoothing

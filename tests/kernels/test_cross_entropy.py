@@ -83,7 +83,7 @@ def implemented_by(implementation: str) -> Iterator[None]:
 def blocks_of(width: int) -> Iterator[None]:
     """Rows wider than this are read in several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_ONE_BLOCK", "_ONE_BLOCK_CAPPED", "_BLOCK", "_BACKWARD_BLOCK"):
+        for name in ("_ONE_BLOCK", "_ONE_BLOCK_CROWDED", "_BLOCK", "_BACKWARD_BLOCK"):
             patch.setattr(module, name, width)
         yield
 
@@ -263,7 +263,7 @@ def test_large_logits_do_not_overflow(implementation, device):
 
 @on_each_device
 def test_a_soft_cap_is_exact_near_zero(device):
-    logits = torch.linspace(-12, 12, 97, device=device)[:, None] * torch.tensor([0.0, 1.0], device=device)
+    logits = torch.linspace(-1, 1, 97, device=device)[:, None] * torch.tensor([0.0, 1.0], device=device)
     targets = torch.ones(97, dtype=torch.int64, device=device)
     found = cross_entropy_rows(logits, targets, soft_cap=30.0)
     eager = cross_entropy_rows_reference(logits, targets, soft_cap=30.0)
