@@ -16,6 +16,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.num_kv_heads, config.head_size
+        self.rope_interleaved = config.rope_interleaved
         self.split_sizes = (config.query_size, config.kv_size, config.kv_size)
         self.qkv = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
         self.out = nn.Linear(config.query_size, config.hidden_size, bias=False)
@@ -40,8 +41,9 @@ class Attention(nn.Module):
         """Rotated queries, rotated keys, and values."""
         qkv_BTN = self.qkv(x_BTD)
         if self.q_norm is None or self.k_norm is None:
-            return rope_packed(qkv_BTN, cos_TK, sin_TK, self.num_heads, self.num_kv_heads)
+            return rope_packed(qkv_BTN, cos_TK, sin_TK, self.num_heads, self.num_kv_heads, self.rope_interleaved)
         q_BTHK, k_BTGK, v_BTGK = (
             part.unflatten(-1, (-1, self.head_size)) for part in qkv_BTN.split(self.split_sizes, dim=-1)
         )
-        return *rope(self.q_norm(q_BTHK), self.k_norm(k_BTGK), cos_TK, sin_TK), v_BTGK
+        rotated = rope(self.q_norm(q_BTHK), self.k_norm(k_BTGK), cos_TK, sin_TK, self.rope_interleaved)
+        return *rotated, v_BTGK

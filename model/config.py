@@ -30,6 +30,9 @@ class ModelConfig:
     """Longest sequence the model is meant for, in tokens; generation stops there."""
     rope_base: float = 10_000.0
     """Base of the rotary angles."""
+    rope_interleaved: bool = False
+    """Whether RoPE rotates neighbouring elements (the paper, Meta's Llama) instead of halves of a head (Hugging Face).
+    The same function up to an order of rows, which import and export restore."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False

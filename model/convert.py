@@ -1,8 +1,9 @@
 """Names and layouts to and from Hugging Face: Llama, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k).
 
 We pack the matrices that read the same input, stacked along their output rows: attention.qkv = [q; k; v] and
-mlp.gate_up = [gate; up]. Rotary halves lie the same way on both sides, so no row is permuted and both directions are
-exact. Files are safetensors; pickles are never opened.
+mlp.gate_up = [gate; up]. Rotary pairs lie in the two halves of a head on their side; where ours are neighbours
+(model.rope_interleaved), rows of q and k are permuted. Both directions are exact. Files are safetensors; pickles are
+never opened.
 """
 
 import json
@@ -48,14 +49,31 @@ class _Stack:
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
     row_shape: tuple[int, ...] = ()
+    interleaved_head: int | None = None
+    """Rows of a head, where those of q and k lie in pairs on our side and in halves on theirs."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(self.rows), *self.row_shape)
 
+    def to_theirs(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, part in zip(self.theirs, ours.split(self.rows), strict=True):
+            yield name, self._reordered(name, part, (-1, 2))
+
+    def from_theirs(self, theirs: Mapping[str, Tensor]) -> Tensor:
+        parts = [self._reordered(name, theirs[name], (2, -1)) for name in self.theirs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _reordered(self, name: str, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Each head's rows, written into a grid row by row and read column by column; those of v as they are."""
+        if self.interleaved_head is None or ".v_proj." in name:
+            return rows
+        heads = rows.unflatten(0, (-1, self.interleaved_head)).unflatten(1, grid)
+        return heads.transpose(1, 2).flatten(0, 2)
+
 
 def to_hugging_face(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames and splits our state dict; the results are views, a tied head is left out.
+    """Renames and splits our state dict; the results may be views, a tied head is left out.
 
     Raises:
         ConvertError: missing, unexpected or mis-shaped tensors, or a tied head that differs from the embedding.
@@ -63,11 +81,7 @@ def to_hugging_face(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[st
     state = _without_tied_head(config, state, head="head.weight", embedding="embedding.weight")
     stacks = list(_layout(config))
     _check_tensors({stack.ours: stack.shape for stack in stacks}, state)
-    return {
-        name: part
-        for stack in stacks
-        for name, part in zip(stack.theirs, state[stack.ours].split(stack.rows), strict=True)
-    }
+    return dict(pair for stack in stacks for pair in stack.to_theirs(state[stack.ours]))
 
 
 def from_hugging_face(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +100,7 @@ def from_hugging_face(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dic
         for name, rows in zip(stack.theirs, stack.rows, strict=True)
     }  # fmt: skip
     _check_tensors(expected, tensors)
-    state = {stack.ours: _stacked([tensors[name] for name in stack.theirs]) for stack in stacks}
+    state = {stack.ours: stack.from_theirs(tensors) for stack in stacks}
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     return state
@@ -220,23 +234,23 @@ def _layout(config: ModelConfig) -> Iterator[_Stack]:
 def _block_layout(config: ModelConfig, ours: str, theirs: str) -> Iterator[_Stack]:
     width = (config.hidden_size,)
     qkv_rows = (config.query_size, config.kv_size, config.kv_size)
+    interleaved_head = config.head_size if config.rope_interleaved else None
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
         names = tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv")
-        yield _Stack(f"{ours}.attention.qkv.{kind}", names, qkv_rows, width if kind == "weight" else ())
+        yield _Stack(
+            f"{ours}.attention.qkv.{kind}", names, qkv_rows, width if kind == "weight" else (), interleaved_head
+        )
     if config.qk_norm:
         for part in "qk":
             name = f"{theirs}.self_attn.{part}_norm.weight"
-            yield _Stack(f"{ours}.attention.{part}_norm.weight", (name,), (config.head_size,))
+            size = (config.head_size,)
+            yield _Stack(f"{ours}.attention.{part}_norm.weight", (name,), size, interleaved_head=interleaved_head)
     yield _Stack(f"{ours}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), width, (config.query_size,))
     gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
     yield _Stack(f"{ours}.mlp.gate_up.weight", gate_up, (config.ffn_size, config.ffn_size), width)
     yield _Stack(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), width, (config.ffn_size,))
     yield _Stack(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), width)
     yield _Stack(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), width)
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _without_tied_head(

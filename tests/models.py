@@ -29,6 +29,8 @@ VARIANTS: dict[str, ModelConfig] = {
     "qwen2 tied": dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_size=16),
     "qwen3 tied": dataclasses.replace(LLAMA, qk_norm=True, tie_embeddings=True),
+    "qwen2 interleaved": dataclasses.replace(LLAMA, qkv_bias=True, rope_interleaved=True),
+    "qwen3 interleaved": dataclasses.replace(LLAMA, qk_norm=True, head_size=12, rope_interleaved=True),
 }
 
 

@@ -101,7 +101,7 @@ def test_only_the_last_position_of_the_prompt_is_scored(monkeypatch):
 def test_nothing_is_kept_for_a_backward():
     model = make_model(LLAMA)
     modes: list[bool] = []
-    model.norm.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    model.blocks[0].register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     complete(model, prompt_of(3), max_new_tokens=3, sampling=GREEDY)
     assert modes == [True, True, True]
 
