@@ -51,8 +51,19 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     return 6 * num_matmul_params(config) + attention
 
 
+def causal_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """What a causal model has to compute of flops_per_token: token t attends to t keys, (T + 1) / 2 in the mean.
+
+    6 N_matmul + 6 L (H K) (T + 1).
+    """
+    return 6 * num_matmul_params(config) + 6 * config.num_layers * config.query_size * (sequence_length + 1)
+
+
 def mfu(tokens_per_s: float, flops_per_token: float, device_name: str) -> float | None:
-    """Model FLOPs utilisation of one device against its dense bf16 peak; None where the peak is not known."""
+    """Model FLOPs utilisation of one device against its dense bf16 peak; None where the peak is not known.
+
+    With `causal_flops_per_token` it is the share of the peak that does what no implementation can leave out.
+    """
     peak_tflops = DENSE_BF16_PEAK_TFLOPS.get(device_name)
     return None if peak_tflops is None else tokens_per_s * flops_per_token / (peak_tflops * 1e12)
 

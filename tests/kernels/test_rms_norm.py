@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -128,6 +129,23 @@ def test_a_strided_weight_and_gradient_are_read_where_they_lie(device):
     assert torch.equal(found, expected)
 
 
+def padded(x: Tensor, num_columns: int) -> Tensor:
+    """x with so many elements between its rows."""
+    return F.pad(x, (0, num_columns), value=1e3)[:, : x.shape[1]]
+
+
+@on_each_device
+def test_each_operand_and_gradient_has_a_stride_of_its_own(device):
+    inputs = x, residual, w = random_inputs((6, 16), torch.float32, device)
+    dy, dh = (torch.randn(6, 16, device=device) for _ in range(2))
+    expected = add_rms_norm(x, residual, w)
+    found = add_rms_norm(padded(x, 1), padded(residual, 2), w)
+    expected_gradients = torch.autograd.grad(expected, inputs, (dy, dh))
+    found_gradients = torch.autograd.grad(found, inputs, (padded(dy, 3), padded(dh, 4)))
+    for one_found, one_expected in zip((*found, *found_gradients), (*expected, *expected_gradients), strict=True):
+        assert torch.equal(one_found, one_expected)
+
+
 @on_each_device
 @pytest.mark.parametrize("used", ["the norm", "the sum"])
 def test_a_gradient_of_one_of_two_outputs_is_enough(used, device):
@@ -147,6 +165,12 @@ def test_the_fused_norm_is_that_of_the_sum_as_stored(device):
     x, residual, w = random_inputs((40, 32), torch.bfloat16, device)
     y, h = add_rms_norm(x, residual, w)
     assert torch.equal(y, rms_norm(h, w))
+
+
+@on_each_device
+def test_squares_beyond_the_range_of_fp16_do_not_overflow(device):
+    x, _, w = random_inputs((5, 40), torch.float16, device)
+    torch.testing.assert_close(rms_norm(1024 * x, w), rms_norm(x, w), rtol=2e-3, atol=1e-4)
 
 
 @on_each_device

@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import PRESETS
-from model.flops import DENSE_BF16_PEAK_TFLOPS, flops_per_token, mfu, num_params
+from model.flops import DENSE_BF16_PEAK_TFLOPS, causal_flops_per_token, flops_per_token, mfu, num_params
 from model.transformer import Transformer
 from tests.models import VARIANTS
 
@@ -30,6 +30,25 @@ def test_counted_flops_are_those_that_torch_counts(name):
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     assert counter.get_total_flops() == flops_per_token(SHAPES[name], length) * batch_size * length
+
+
+def test_tinyllama_takes_the_flops_of_its_budget():
+    with torch.device("meta"):
+        model = Transformer(PRESETS["tinyllama-1.1b"])
+        tokens = torch.zeros(1, 2048, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    assert counter.get_total_flops() == 2048 * flops_per_token(PRESETS["tinyllama-1.1b"], 2048)
+    assert flops_per_token(PRESETS["tinyllama-1.1b"], 2048) == pytest.approx(7.313818e9, rel=1e-7)
+    assert causal_flops_per_token(PRESETS["tinyllama-1.1b"], 2048) == pytest.approx(6.760e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_causal_flops_count_the_keys_that_each_token_may_see(name):
+    config, length = SHAPES[name], 16
+    per_key = (flops_per_token(config, length) - flops_per_token(config, 0)) // length
+    seen = per_key * sum(range(1, length + 1))
+    assert length * causal_flops_per_token(config, length) == length * flops_per_token(config, 0) + seen
 
 
 def test_utilisation_is_work_done_over_the_peak():
