@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import compiler
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 
 from benchmarks.table import Table
 from kernels import cross_entropy, rms_norm, rope, swiglu
@@ -102,8 +102,8 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> tuple[
     }
     signature = {name: "constexpr" if (i,) in constants else _type_of(arguments[name]) for i, name in enumerate(names)}
     options = {name: value for name, value in arguments.items() if name not in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     text = _ptxas(compiled.asm["ptx"])
     registers, spilled = (re.findall(pattern, text) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill"))
     metadata: Any = compiled.metadata

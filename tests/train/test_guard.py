@@ -487,9 +487,9 @@ def test_losses_that_never_recover_end_the_run_and_not_the_disk(data: Path, tmp_
     def poison(rank: int) -> None:
         from train import assemble
 
-        def objective(model: nn.Module, batch: Batch) -> Tensor:
+        def objective(model: nn.Module, batch: Batch, **options: float) -> Tensor:
             steps = collections.Counter(path.name for path in run.glob("step-3"))
-            return next_token_loss(model, batch) * (torch.nan if steps else 1.0)
+            return next_token_loss(model, batch, **options) * (torch.nan if steps else 1.0)
 
         assemble.next_token_loss = objective
 
