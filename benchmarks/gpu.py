@@ -66,21 +66,21 @@ def run_part(name: str, command: list[str], limit_s: float, log) -> dict:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
     }
     print(f"--- {name}: python {' '.join(command)}", flush=True)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", *command], cwd=_ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    alarm = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(f"{name}: {line}")
-        code = process.wait()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
+    ) as process:  # fmt: skip
+        alarm = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(f"{name}: {line}")
+            code = process.wait()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
     ended = "ok" if code == 0 else "out of time" if code == -signal.SIGKILL else f"code {code}"
     return {"ended": ended, "code": abs(code), "seconds": time.perf_counter() - started_s}
 
