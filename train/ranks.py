@@ -134,6 +134,8 @@ def start(wanted_device: str) -> Ranks:
     device = choose_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Where cuBLAS splits a sum over rows between programs, their parts are added in fp32, not rounded to bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
         raise ConfigError(
             "WORLD_SIZE is set but RANK is not; start several processes with torchrun, and set WORLD_SIZE by hand for "

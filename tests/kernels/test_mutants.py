@@ -15,6 +15,13 @@ ROOT = Path(__file__).parents[2]
 # All that the tests of a kernel family import.
 PARTS = ("pyproject.toml", "kernels/*.py", "tests/__init__.py", "tests/conftest.py", "tests/kernels/*.py")
 
+# The examples of tests/conftest.py, without the minutes that hypothesis takes to find the smallest that fails.
+UNSHRUNK = """
+from hypothesis import Phase, settings
+
+settings.register_profile("unshrunk", deadline=None, derandomize=True, max_examples=25, phases=[Phase.generate])
+"""
+
 # What stands in kernels/<family>.py, and what stands there in the mutant.
 MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
     "rms_norm": (
@@ -208,11 +215,13 @@ def copy_of_the_repository(folder: Path) -> None:
         copy = folder / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
+    (folder / "unshrunk.py").write_text(UNSHRUNK)
 
 
 def run_tests_of(family: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the family's tests of the copy in the folder, interpreted, to the first that fails."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "unshrunk", "--hypothesis-profile", "unshrunk"]
     command += [f"tests/kernels/test_{family}.py", "-m", "not slow and not gpu"]
     # First on the path, before the real repository that is installed.
     environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}

@@ -179,6 +179,17 @@ def test_tables_hold_the_angles_of_the_formula():
     torch.testing.assert_close(sin, angles.sin())
 
 
+@in_each_layout
+def test_the_references_are_the_formula(interleaved):
+    tables = random_tables(3, 8, torch.float64, "cpu")
+    q, k = random_query_and_key((2, 3, 4, 2, 8), torch.float64, "cpu")
+    for found, x in zip(rope_reference(q, k, *tables, interleaved), (q, k), strict=True):
+        torch.testing.assert_close(found, formula(x, *tables, interleaved))
+    qkv = random_packed((2, 3, 4, 2, 8), torch.float64, "cpu")
+    expected = packed_formula(qkv, *tables, 4, 2, interleaved)
+    torch.testing.assert_close(rope_packed_reference(qkv, *tables, 4, 2, interleaved), expected)
+
+
 @on_each_device
 @in_each_dtype
 @in_each_layout
