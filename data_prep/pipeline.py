@@ -48,7 +48,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         return read_manifest(folder)
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in publish.remove_leftovers(target):
+    for leftover in publish.remove_leftovers(target.parent, target.name):
         print(f"removed {leftover}, left by a run that did not end")
     temporary = publish.temporary_beside(target)
     temporary.mkdir()

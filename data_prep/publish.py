@@ -76,14 +76,15 @@ def publish_folder(temporary: Path, folder: Path) -> None:
         publish(temporary, folder)
 
 
-def remove_leftovers(path: Path) -> list[Path]:
-    """Delete what dead runs on this host left beside path under its temporary names; return what was deleted."""
+def remove_leftovers(folder: Path, of: str | None = None) -> list[Path]:
+    """Delete what dead processes of this host left in a folder under temporary names; return what was deleted.
+
+    `of`: only those of this final name.
+    """
     removed: list[Path] = []
-    if not path.parent.is_dir():
-        return removed
-    for candidate in sorted(path.parent.iterdir()):
+    for candidate in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(candidate.name)
-        if match is None or match["name"] != path.name or match["host"] != socket.gethostname():
+        if match is None or (of is not None and match["name"] != of) or match["host"] != socket.gethostname():
             continue
         if not _is_alive(int(match["pid"])):
             shutil.rmtree(candidate) if candidate.is_dir() else candidate.unlink()

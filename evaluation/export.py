@@ -43,7 +43,7 @@ def export_model(
     stored = read_model(model)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    publish.remove_leftovers(out)
+    publish.remove_leftovers(out.parent, out.name)
     temporary = publish.temporary_beside(out)
     try:
         write_hugging_face(temporary, stored.config, stored.state, eos_id=stored.tokenizer.eos_id, dtype=dtype)

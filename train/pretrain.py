@@ -138,12 +138,16 @@ def pretrain(config: RunConfig) -> int:
         RepeatedFailureError: the last lives of the run failed at one step.
         Exception: what else ends a run; the run folder's exit.json names it.
     """
+    from data_prep import publish
+    from resume import requests
     from train.lock import RunLock
 
     run, is_first = Path(config.run.dir), os.environ.get("RANK", "0") == "0"
     with RunLock(run) if is_first else contextlib.nullcontext():
         if is_first:
             begin_life(run)
+            for folder in (run, run / requests.FOLDER):  # what a kill left of small files that were being written
+                publish.remove_leftovers(folder)
         return _live(config)
 
 

@@ -365,4 +365,4 @@ def test_a_killed_run_leaves_no_workers_and_the_next_run_cleans_up(config: Prepa
     while any(is_running(worker) for worker in workers) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not any(is_running(worker) for worker in workers)
-    assert publish.remove_leftovers(tmp_path / "data") == [leftover]
+    assert publish.remove_leftovers(tmp_path, "data") == [leftover]

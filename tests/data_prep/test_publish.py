@@ -52,7 +52,7 @@ def test_leftovers_of_dead_runs_go_and_everything_else_stays(tmp_path: Path):
     ]
     for folder in (dead, *others):
         (folder / "train").mkdir(parents=True)
-    assert publish.remove_leftovers(tmp_path / "data") == [dead]
+    assert publish.remove_leftovers(tmp_path, "data") == [dead]
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
@@ -60,4 +60,14 @@ def test_a_temporary_name_is_recognised_by_the_cleaner(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "getpid", dead_pid)
     leftover = publish.temporary_beside(tmp_path / "data.v2")
     leftover.write_text("")
-    assert publish.remove_leftovers(tmp_path / "data.v2") == [leftover]
+    assert publish.remove_leftovers(tmp_path, "data.v2") == [leftover]
+
+
+def test_without_a_name_the_leftovers_of_every_name_go(tmp_path: Path):
+    host, pid = socket.gethostname(), dead_pid()
+    dead = [tmp_path / f"{name}.tmp-{host}-{pid}-0123abcd" for name in ("a.json", "b.json")]
+    living = tmp_path / f"a.json.tmp-{host}-{os.getpid()}-0123abcd"
+    for path in (*dead, living):
+        path.write_text("")
+    assert publish.remove_leftovers(tmp_path) == dead
+    assert list(tmp_path.iterdir()) == [living]

@@ -81,7 +81,6 @@ MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("BLOCK_KV_HEADS=block_kv_heads", "BLOCK_KV_HEADS=1"),
         ("tl.load(head_ptr + half + HALF,", "tl.load(head_ptr + half + BLOCK_HALF,"),
-        ("tl.store(head_ptr + half + HALF,", "tl.store(head_ptr + half + BLOCK_HALF,"),
         ("tl.join(a, b)", "tl.join(b, a)"),
         (
             "mask=in_sequence & (half < HALF), other=0.0).to(SUM)\n    if INVERSE",
@@ -140,7 +139,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("largest = tl.maximum(largest, tl.max(c, axis=0))", "largest = tl.max(c, axis=0)"),
         ("following = (i + 1) * BLOCK + column", "following = i * BLOCK + column"),
         ("block = (BLOCKS - 1 - i) * BLOCK + column", "block = (BLOCKS - i) * BLOCK + column"),
-        ("total = tl.sum(e, axis=0)", "total = tl.sum(e.to(logits_ptr.dtype.element_ty), axis=0).to(SUM)"),
+        ("total = tl.sum(e, axis=0)", "total = tl.sum(e.to(logits_ptr.dtype.element_ty).to(SUM), axis=0)"),
         ("tl.store(loss_ptr + row, tl.where(is_ignored, 0.0, loss))", "tl.store(loss_ptr + row, loss)"),
         ("return tl.where(is_ignored, 0.0, gradient)", "return gradient"),
         ("total = tl.where(is_inside | is_ignored, total,", "total = tl.where(target < width, total,"),

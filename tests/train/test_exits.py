@@ -99,6 +99,19 @@ def test_a_new_life_tells_of_itself_alone(tmp_path: Path):
     assert (read_end(tmp_path)["code"], read_end(tmp_path)["times"]) == (0, 0)
 
 
+def test_a_life_clears_away_what_a_killed_one_was_writing(data: Path, tmp_path: Path):
+    killed = os.fork()
+    if killed == 0:
+        os._exit(0)
+    os.waitpid(killed, 0)
+    run, tail = tmp_path / "run", f"tmp-{socket.gethostname()}-{killed}-0123abcd"
+    (run / "requests").mkdir(parents=True)
+    for name in ("tokenizer.json", "requests/request"):
+        (run / f"{name}.{tail}").write_text("half")
+    finished(tiny_run(data, run, run={"num_steps": 1}))
+    assert not list(run.rglob(f"*.{tail}"))
+
+
 def test_three_failures_in_a_row_at_one_step_are_enough_and_the_remedy_works(tmp_path: Path):
     for times in (1, 2, 3):
         fail(tmp_path, 4)
