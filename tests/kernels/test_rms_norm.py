@@ -143,7 +143,7 @@ def test_each_operand_and_gradient_has_a_stride_of_its_own(device):
     expected_gradients = torch.autograd.grad(expected, inputs, (dy, dh))
     found_gradients = torch.autograd.grad(found, inputs, (padded(dy, 3), padded(dh, 4)))
     for one_found, one_expected in zip((*found, *found_gradients), (*expected, *expected_gradients), strict=True):
-        assert torch.equal(one_found, one_expected)
+        torch.testing.assert_close(one_found, one_expected)
 
 
 @on_each_device
@@ -198,7 +198,7 @@ def test_a_row_of_zeros_gives_zeros_and_finite_gradients(device):
 
 @on_each_device
 def test_every_output_element_is_written(device):
-    x, residual, w = random_inputs((5, 33), torch.float32, device)
+    x, residual, w = random_inputs((21, 300), torch.float32, device)  # padded rows, a partial last tile
     torch.use_deterministic_algorithms(True)
     try:
         assert deterministic.fill_uninitialized_memory  # fresh memory is NaN now
