@@ -1,4 +1,4 @@
-"""The tests of every kernel family notice hand-made faults in it: small changes of its code that it must not survive.
+"""Hand-made faults of every kernel family, each a small change of its code, are noticed by the family's tests.
 
 What the interpreter cannot show is not here: 32-bit products of rows and strides, missing barriers.
 """
@@ -247,5 +247,5 @@ def test_every_mutant_is_noticed(family: str, old: str, new: str, tmp_path: Path
     copy_of_the_repository(tmp_path)
     (tmp_path / "kernels" / f"{family}.py").write_text(mutated(family, old, new))
     result = run_tests_of(family, tmp_path)
-    # Not by an error of collection or usage, which is 2 or more; a crash, of what leaves its memory, is negative.
+    # 1: a test failed. Negative: the interpreter crashed outside its memory. From 2 on, no test of the mutant ran.
     assert result.returncode == 1 or result.returncode < 0, f"{old!r} became {new!r}, and: {result.stdout}"

@@ -216,11 +216,14 @@ def test_saves_killed_at_random_times_never_lose_the_last_good_checkpoint(tmp_pa
     run, draw, newest_step, num_seen = tmp_path / "run", random.Random(7), 0, set()
     for _ in range(200):
         if (pid := os.fork()) == 0:
-            torch.set_num_threads(1)
-            saver = Saver(run, keep_last=1, in_background=True)
-            for step in range(newest_step + 1, newest_step + 100):
-                saver.start(step, tensors(step, 500_000), {"data": step}, "")
-            os._exit(0)
+            try:
+                torch.set_num_threads(1)
+                saver = Saver(run, keep_last=1, in_background=True)
+                for step in range(newest_step + 1, newest_step + 100):
+                    saver.wait()
+                    saver.start(step, tensors(step, 500_000), {"data": step}, "")
+            finally:
+                os._exit(0)
         time.sleep(draw.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
