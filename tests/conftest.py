@@ -1,6 +1,7 @@
 """What every test relies on: where Triton kernels run, how many threads, which tests a machine can run."""
 
 import os
+import signal
 
 import torch
 
@@ -16,6 +17,12 @@ from kernels import launch
 # Examples are drawn from the test's name, so that a failure is everybody's failure.
 settings.register_profile("bessemer", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("bessemer")
+
+# A suite that was started with nohup, or in the background, inherits that these are ignored, and hands it on to the
+# runs that its tests tell to stop.
+for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # Threads of small operators wait for each other more than they compute: on two busy cores, two are ten times slower.
 torch.set_num_threads(1)
