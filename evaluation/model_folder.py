@@ -13,7 +13,7 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.convert import read_hugging_face
 from model.transformer import Transformer
-from resume.checkpoint import latest, open_checkpoint
+from resume.checkpoint import latest, open_checkpoint, read_config
 
 
 class ModelFolderError(ValueError):
@@ -97,8 +97,8 @@ def _read_checkpoint(folder: Path) -> StoredModel:
     """The tokenizer is the run's, one folder up."""
     stored = open_checkpoint(folder)  # before the config is believed
     try:
-        table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = tomllib.loads(read_config(folder, stored.record))
+    except tomllib.TOMLDecodeError as error:
         raise ModelFolderError(f"{folder / 'config.toml'}: unreadable: {error}") from error
     config = from_table(table.get("model", {}), ModelConfig, "model")
     state = stored.read_tensors("model.")
