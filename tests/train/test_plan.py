@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from model.config import ModelConfig
 from model.transformer import Transformer, logits
 from tests.runs import tiny_run
 from train import plan, pretrain
-from train.config import RunConfig, with_values
+from train.config import ParallelSection, RunConfig, with_values
+from train.sharding import reshards_after_forward
 
 
 def saved_bytes(model: Transformer, batch: int, length: int) -> int:
@@ -55,6 +57,42 @@ def test_memory_per_device_falls_with_the_number_of_devices():
     assert one.moments == 8 * 1_100_048_384
     recomputed = with_values(config, parallel={"recompute": "blocks"})
     assert plan.estimate_memory(recomputed, "cuda", 8).activations < eight.activations / 8
+
+
+def test_what_is_recomputed_leaves_less_to_keep():
+    config = RunConfig()
+    nothing, cheap, blocks = (
+        plan.estimate_memory(with_values(config, parallel={"recompute": choice}), "cuda", 8).activations
+        for choice in ("nothing", "cheap", "blocks")
+    )
+    assert blocks < cheap < nothing
+    # Of 29,696 numbers a token stay the stream, q, k, v, attention's result and its projection, gate and up: 19,968;
+    # and of the block that is being run again, all.
+    assert cheap / nothing == pytest.approx((22 * 19_968 + 29_696) / (22 * 29_696), rel=0.01)
+
+
+def test_whole_logits_take_more_than_chunks_of_them():
+    chunked, whole = (
+        plan.estimate_memory(with_values(RunConfig(), kernels={"linear_cross_entropy": choice}), "cuda", 8).loss
+        for choice in ("chunked", "whole")
+    )
+    assert whole - chunked == pytest.approx(0.75 * 16 * 2_048 * 32_000 * 2)  # a chunk is a quarter of the rows
+
+
+@pytest.mark.parametrize(
+    ("choice", "num_layers", "device_bytes", "expected"),
+    [
+        ("auto", 22, 80e9, False),  # 2.2 GB of bf16 weights
+        ("auto", 220, 80e9, True),  # 20 GB
+        ("auto", 220, None, False),
+        ("on", 22, 80e9, True),
+        ("off", 220, 80e9, False),
+    ],
+)
+def test_gathered_weights_are_freed_where_they_would_fill_the_device(choice, num_layers, device_bytes, expected):
+    model = dataclasses.replace(ModelConfig(), num_layers=num_layers)
+    parallel = ParallelSection(reshard_after_forward=choice)
+    assert reshards_after_forward(model, parallel, torch.bfloat16, device_bytes) is expected
 
 
 def test_a_checkpoint_has_the_size_the_plan_says(tmp_path: Path):
