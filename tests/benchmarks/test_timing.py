@@ -51,7 +51,7 @@ def test_every_other_round_runs_backwards():
 
 
 def test_warming_up_nothing_ends():
-    warm_up({}, 60.0)
+    assert warm_up({}, 60.0) == 0.0
 
 
 def test_the_copy_ceiling_is_interpolated_over_the_logarithm_of_the_size():
