@@ -8,7 +8,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 GPUS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-kernels bench-mfu bench-loader bench-save compile-ahead picture gpu clean
+.PHONY: help setup demo prepare-data train plan test test-slow check lint format bench-kernels bench-mfu bench-loader bench-save bench-data compile-ahead picture gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench-kernels: $(INSTALLED_DEV) ## Kernels beside other projects' ones, then ben
 bench-mfu: $(INSTALLED_DEV) ## Time a training step beside transformers' Llama, with its MFU on a GPU; results in benchmarks/results
 	$(RUN) -m benchmarks.step $(ARGS)
 
+bench-data: $(INSTALLED_DEV) ## Time data preparation beside other projects' ways, and what it finds; results in benchmarks/results
+	$(RUN) -m benchmarks.data $(ARGS)
+
 compile-ahead: $(INSTALLED_DEV) ## Compile every kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 	$(RUN) -m benchmarks.compile_ahead
 
@@ -70,9 +73,11 @@ clean: ## Delete caches (not data/, runs/ or .venv)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 
-$(INSTALLED): requirements.txt pyproject.toml
+# The fast encoder is a release of a package that is needed in an older one as well: it gets a folder of its own.
+$(INSTALLED): requirements.txt requirements-encoder.txt pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/encoder --requirement requirements-encoder.txt
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt

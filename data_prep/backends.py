@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
@@ -13,6 +13,14 @@ _WORD_START = "\u2581"  # ▁, the visible space of sentencepiece
 
 class TokenizerError(ValueError):
     """A tokenizer file is missing, unreadable, or lacks what training needs."""
+
+
+class AddedToken(NamedTuple):
+    """A token beside those that were learned from text: a mark of a chat, the end of a document."""
+
+    token_id: int
+    is_special: bool
+    """Never made from text; the others are, wherever they are spelled."""
 
 
 class Backend(Protocol):
@@ -29,6 +37,10 @@ class Backend(Protocol):
         """The end-of-document id that the file itself names, if it can."""
         ...
 
+    def unknown_id(self) -> int | None:
+        """The id of what the vocabulary cannot express, if there is one."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as ordinary text: no begin or end tokens, no special tokens recognised."""
         ...
@@ -39,6 +51,10 @@ class Backend(Protocol):
 
     def token_contents(self) -> list[bytes]:
         """The UTF-8 bytes each id stands for; empty for special tokens."""
+        ...
+
+    def added_tokens(self) -> dict[str, "AddedToken"]:
+        """The tokens beside those that were learned from text, by their spelling."""
         ...
 
 
@@ -76,6 +92,11 @@ class _HuggingFace:
     def declared_eos_id(self) -> int | None:
         return None
 
+    def unknown_id(self) -> int | None:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        # Unigram models name the id, the others the token.
+        return model["unk_id"] if "unk_id" in model else self.token_id(model.get("unk_token") or "")
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -83,13 +104,17 @@ class _HuggingFace:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token_contents(self) -> list[bytes]:
-        piece_bytes = _byte_level_bytes if self._decoder_kinds() & {"ByteLevel"} else _visible_space_bytes
+        piece_bytes = byte_level_bytes if self._decoder_kinds() & {"ByteLevel"} else _visible_space_bytes
         contents = [b""] * self.vocab_size
         for piece, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
             contents[token_id] = piece_bytes(piece)
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
             contents[token_id] = b"" if token.special else token.content.encode("utf-8")
         return contents
+
+    def added_tokens(self) -> dict[str, AddedToken]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: AddedToken(token_id, token.special) for token_id, token in added}
 
     def _decoder_kinds(self) -> set[str]:
         decoder: dict[str, Any] = json.loads(self._tokenizer.to_str())["decoder"] or {"type": "none"}
@@ -119,6 +144,9 @@ class _SentencePiece:
         eos_id = self._processor.eos_id()
         return eos_id if eos_id >= 0 else None
 
+    def unknown_id(self) -> int | None:
+        return self._processor.unk_id()
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), out_type=int, num_threads=1)
 
@@ -134,6 +162,11 @@ class _SentencePiece:
             for i in range(self.vocab_size)
         ]
 
+    def added_tokens(self) -> dict[str, AddedToken]:
+        processor = self._processor
+        marks = [i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
+        return {processor.id_to_piece(i): AddedToken(i, is_special=True) for i in marks}
+
 
 def _byte_of_character() -> dict[str, int]:
     """The byte-level alphabet: printable Latin-1 characters stand for themselves, the other 68 bytes for U+0100 on.
@@ -148,7 +181,11 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _byte_level_bytes(piece: str) -> bytes:
+CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+
+
+def byte_level_bytes(piece: str) -> bytes:
+    """The bytes that a token spelled in the byte-level alphabet stands for."""
     if any(character not in _BYTE_OF_CHARACTER for character in piece):
         return piece.encode("utf-8")  # a token added by hand, not by the byte-level alphabet
     return bytes(_BYTE_OF_CHARACTER[character] for character in piece)

@@ -1,12 +1,13 @@
 """A run is a value: one TOML file plus command-line flags become one frozen dataclass.
 
-The dataclass (which may nest one level of section dataclasses) is the only list of keys, defaults and meanings; the
-TOML file, the flags, `--help` and the resolved file written beside every result all follow from it.
+The dataclass (which may nest section dataclasses, and tables of them by name) is the only list of keys, defaults and
+meanings; the TOML file, the flags, `--help` and the resolved file written beside every result all follow from it.
 """
 
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -34,7 +35,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, descript
     path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
     default = load(path, config_type) if path is not None else config_type()
     _refuse_repeated_flags(arguments)
-    _refuse_unknown_flags(arguments, config_type)
+    _refuse_unknown_flags(arguments, default)
     return tyro.cli(
         config_type,
         args=arguments,
@@ -82,9 +83,12 @@ def from_table(table: dict[str, Any], config_type: type[Config], section: str = 
         if key not in hints:
             raise ConfigError(f"unknown key {name!r}{_did_you_mean(name, keys(config_type, section))}")
         if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{name} = {value!r}: expected a table [{name}]")
-            values[key] = from_table(value, typing.cast(Any, hints[key]), name)
+            values[key] = from_table(_table(name, value), typing.cast(Any, hints[key]), name)
+        elif (item_type := _named_sections(hints[key])) is not None:
+            values[key] = {
+                item: from_table(_table(f"{name}.{item}", inner), item_type, f"{name}.{item}")
+                for item, inner in _table(name, value).items()
+            }
         else:
             values[key] = _coerce(name, value, hints[key])
     build = (lambda: dataclasses.replace(base, **values)) if base is not None else (lambda: config_type(**values))
@@ -98,21 +102,46 @@ def to_table(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """The resolved config as a TOML file that `load` reads back to an equal value."""
-    table = to_table(config)
-    scalars = [key for key, value in table.items() if not isinstance(value, dict)]
-    lines = [_line(key, table[key]) for key in scalars]
-    for section in (key for key in table if key not in scalars):
-        lines += ["", f"[{section}]", *(_line(key, value) for key, value in table[section].items())]
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
 
 
-def keys(config_type: type, section: str = "") -> list[str]:
-    """Every `section.key` of a config type, in order."""
+def keys(config: Any, section: str = "") -> list[str]:
+    """Every `section.key` of a config type, in order; of a config, also those of its named sections."""
     names: list[str] = []
+    config_type = config if isinstance(config, type) else type(config)
     for key, hint in typing.get_type_hints(config_type).items():
         name = f"{section}.{key}" if section else key
-        names += keys(typing.cast(type, hint), name) if dataclasses.is_dataclass(hint) else [name]
+        value = hint if isinstance(config, type) else getattr(config, key)
+        if dataclasses.is_dataclass(hint):
+            names += keys(value, name)
+        elif _named_sections(hint) is not None:
+            items = value if isinstance(value, dict) else {}
+            names += [inner for item in items for inner in keys(items[item], f"{name}.{item}")]
+        else:
+            names.append(name)
     return names
+
+
+def _named_sections(hint: Any) -> Any:
+    """The dataclass of a `dict[str, dataclass]`, else None."""
+    arguments = typing.get_args(hint)
+    return arguments[1] if typing.get_origin(hint) is dict and dataclasses.is_dataclass(arguments[1]) else None
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r}: expected a table [{name}]")
+    return value
+
+
+def _toml_lines(table: dict[str, Any], section: str) -> list[str]:
+    scalars = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    lines = ["", f"[{section}]"] if section and scalars else []
+    lines += [_line(key, value) for key, value in scalars.items()]
+    for key in (key for key in table if key not in scalars):
+        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+        lines += _toml_lines(table[key], f"{section}.{name}" if section else name)
+    return lines
 
 
 def _line(key: str, value: Any) -> str:
@@ -174,8 +203,8 @@ def _refuse_repeated_flags(arguments: Sequence[str]) -> None:
         seen.add(name)
 
 
-def _refuse_unknown_flags(arguments: Sequence[str], config_type: type) -> None:
-    known = [key.replace("_", "-") for key in keys(config_type)]
+def _refuse_unknown_flags(arguments: Sequence[str], default: Any) -> None:
+    known = [key.replace("_", "-") for key in keys(default)]
     for name in _flag_names(arguments):
         if name.endswith(".preset"):
             raise ConfigError(f'--{name} is no flag; write preset = "..." into the TOML file\'s [{name[:-7]}] table')

@@ -1,14 +1,16 @@
 """Which files make the input: those that the user's patterns match, or the Python sources of this installation."""
 
-import glob
+import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from data_prep.documents import KNOWN_SUFFIXES, InputError
+from data_prep import storage
+from data_prep.file_kinds import KNOWN_SUFFIXES, file_kind, is_url
+from data_prep.storage import Found, InputError
 
 MIN_SOURCE_BYTES = 200
 """Shorter Python files are stubs and empty `__init__.py`."""
@@ -18,7 +20,8 @@ MIN_SOURCE_BYTES = 200
 class InputFile:
     """A file of the input, with a name that does not depend on where the installation lies."""
 
-    path: Path
+    path: str
+    """Local path or URL."""
     name: str
     size_bytes: int
 
@@ -28,30 +31,45 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
 
     A file that several patterns match comes once, at its first place.
 
+    Patterns may be URLs: s3://bucket/**/*.parquet.
+
     Raises:
-        InputError: a pattern that matches nothing, a folder, or a file of unknown kind.
+        InputError: a pattern that matches nothing, a folder, or a file of unknown kind; a URL that cannot be reached.
     """
-    found: dict[Path, InputFile] = {}
+    found: dict[str, InputFile] = {}
     for pattern in patterns:
-        for path in _matches(pattern):
-            found.setdefault(path.resolve(), InputFile(path, str(path), path.stat().st_size))
+        for path, size_bytes in _matches(pattern):
+            real = path if is_url(path) else str(Path(path).resolve())
+            found.setdefault(real, InputFile(path, path, size_bytes))
     return list(found.values())
 
 
 def installed_python() -> list[InputFile]:
     """Every Python source of the standard library and of the installed packages: a corpus that is always at hand."""
-    roots = {name: Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    found: dict[Path, InputFile] = {}
-    for name, root in roots.items():
-        for path in root.rglob("*.py"):
-            inside = path.relative_to(root).parts
-            # The standard library's folder may hold the packages of another environment.
-            if "__pycache__" in inside or (name == "stdlib" and {"site-packages", "dist-packages"} & set(inside)):
-                continue
-            if path.is_file() and (size_bytes := path.stat().st_size) >= MIN_SOURCE_BYTES:
-                label = "stdlib" if name == "stdlib" else "packages"
-                found.setdefault(path.resolve(), InputFile(path, "/".join((label, *inside)), size_bytes))
+    found: dict[str, InputFile] = {}
+    for kind in ("stdlib", "purelib", "platlib"):
+        root = Path(sysconfig.get_path(kind)).resolve()
+        label = "stdlib" if kind == "stdlib" else "packages"
+        # The standard library's folder may hold the packages of another environment.
+        passed_over = {"__pycache__", *(("site-packages", "dist-packages") if kind == "stdlib" else ())}
+        for entry in _python_files(str(root), passed_over):
+            real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+            if entry.is_file() and (size_bytes := entry.stat().st_size) >= MIN_SOURCE_BYTES and real not in found:
+                inside = entry.path[len(str(root)) :].replace(os.sep, "/")
+                found[real] = InputFile(entry.path, label + inside, size_bytes)
     return sorted(found.values(), key=lambda file: file.name)
+
+
+def _python_files(folder: str, passed_over: set[str]) -> Iterator["os.DirEntry[str]"]:
+    """The Python files of a folder and of those below it; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name in passed_over:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _python_files(entry.path, passed_over)
+            elif entry.name.endswith(".py"):
+                yield entry
 
 
 def choose(files: Sequence[InputFile], max_bytes: int) -> list[InputFile]:
@@ -79,21 +97,14 @@ def total_bytes(files: Iterable[InputFile]) -> int:
     return sum(file.size_bytes for file in files)
 
 
-def _glob(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - unlike Path.glob it takes absolute patterns
-
-
-def _matches(pattern: str) -> list[Path]:
-    expanded = Path(pattern).expanduser()
-    # A name with brackets is first taken as it stands, then as a pattern.
-    names = [str(expanded)] if expanded.exists() else sorted(_glob(str(expanded)))
-    paths = [Path(name) for name in names]
-    if paths == [expanded] and expanded.is_dir():
+def _matches(pattern: str) -> list[Found]:
+    found = storage.find(pattern)
+    if not found and not is_url(pattern) and Path(pattern).expanduser().is_dir():
         raise InputError(f"{pattern}: a folder; name its files with a pattern such as {pattern.rstrip('/')}/**/*.jsonl")
-    paths = [path for path in paths if not path.is_dir()]
-    if not paths:
-        raise InputError(f"{pattern}: no file matches; patterns are relative to {Path.cwd()}")
-    for path in paths:
-        if not path.name.endswith(KNOWN_SUFFIXES):
-            raise InputError(f"{path}: unknown kind of file; known are {', '.join(KNOWN_SUFFIXES)}")
-    return paths
+    if not found:
+        relative = "" if is_url(pattern) else f"; patterns are relative to {Path.cwd()}"
+        raise InputError(f"{pattern}: no file matches{relative}")
+    for path, _ in found:
+        if file_kind(path) is None:
+            raise InputError(f"{path}: unknown kind of file; known are {' '.join(KNOWN_SUFFIXES)}")
+    return found

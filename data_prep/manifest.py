@@ -111,6 +111,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def with_shards(manifest: Manifest, shards: tuple[ShardRecord, ...]) -> Manifest:
+    """The manifest of the same data folder with other shards."""
+    return dataclasses.replace(manifest, shards=shards)
+
+
 def merged(folders: Mapping[Path, Manifest]) -> Manifest:
     """One manifest of the shards of several data folders, of one tokenizer; the first gives all else."""
     first, *others = folders.values()

@@ -1,41 +1,42 @@
-"""What the preparation tells its user at the end: a table, the bad lines, and the next command."""
+"""What the preparation tells its user at the end: a table, and the next command."""
 
 from pathlib import Path
+from typing import Any
 
-from data_prep.merge import BAD_LINES_FILE, Merged
+from data_prep import mixture_file
 
-_COLUMNS = ("split", "documents", "tokens", "shards", "MB text", "bytes/token")
+_COLUMNS = ("source", "split", "documents", "tokens", "MB text", "bytes/token", "dropped", "duplicates", "bad")
 
 
-def table(merged: Merged, elapsed_s: float) -> str:
-    """Counts per split, and the speed of the whole."""
+def table(summary: dict[str, Any], elapsed_s: float) -> str:
+    """Counts per source and split, and the speed of the whole."""
     rows: list[tuple[str, ...]] = [_COLUMNS]
-    for split, counts in merged.splits.items():
-        rows.append(
-            (
-                split,
-                f"{counts.num_documents:,}",
-                f"{counts.num_tokens:,}",
-                f"{len(merged.shards[split]):,}",
-                f"{counts.text_bytes / 1e6:,.2f}",
-                f"{counts.text_bytes / max(counts.num_tokens, 1):.2f}",
+    read_bytes = 0
+    for name, source in summary["sources"].items():
+        read_bytes += source["read_bytes"]
+        duplicates = source["exact_duplicates"]["documents"] + source["near_duplicates"]["documents"]
+        lost = (f"{sum(source['dropped'].values()):,}", f"{duplicates:,}", f"{sum(source['bad'].values()):,}")
+        for split, counts in source["splits"].items():
+            rows.append(
+                (
+                    name,
+                    split,
+                    f"{counts['documents']:,}",
+                    f"{counts['tokens']:,}",
+                    f"{counts['text_bytes'] / 1e6:,.2f}",
+                    f"{counts['text_bytes'] / max(counts['tokens'], 1):.2f}",
+                    *lost,
+                )
             )
-        )
+            name, lost = "", ("", "", "")
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    text_megabytes = sum(counts.text_bytes for counts in merged.splits.values()) / 1e6
-    return "\n".join([*lines, f"{elapsed_s:.1f} s, {text_megabytes / elapsed_s:.2f} MB/s"])
-
-
-def bad_lines(merged: Merged, folder: Path) -> str:
-    """Bad lines by reason; an empty string if there are none."""
-    if not merged.bad_lines.counts:
-        return ""
-    total = merged.bad_lines.counts.total()
-    heading = f"{total:,} bad lines were left out; all are listed in {folder / BAD_LINES_FILE}"
-    return "\n  ".join([heading, *merged.bad_lines.by_reason()])
+    return "\n".join([*lines, f"{elapsed_s:.1f} s, {read_bytes / 1e6 / elapsed_s:.2f} MB/s"])
 
 
 def next_command(folder: Path) -> str:
     """How to train on the result."""
-    return f"next: torchrun --nproc_per_node=8 train/pretrain.py --data.paths {folder}"
+    command = f"next: torchrun --nproc_per_node=8 train/pretrain.py --data.paths {folder}"
+    if (folder / mixture_file.MIXTURE_FILE).is_file():
+        command += f"\nwith the proposed mixture: put {folder / mixture_file.MIXTURE_FILE} into the run's TOML file"
+    return f"{command}\nlook: {folder / 'report.html'}, python -m data_prep inspect {folder}"

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,24 @@ def check_payload(path: Path, header: ShardHeader, found_xxh3: str) -> None:
         )
 
 
+def write_shard(
+    path: Path, blocks: Iterable[np.ndarray], *, vocab_size: int, tokenizer_digest: str, eos_id: int
+) -> ShardHeader:
+    """Write one shard, published whole, from blocks of its tokens: the context token is the first of the first block.
+
+    Dtypes: `token_dtype(vocab_size)`; the ids have been checked.
+    """
+    shard = _OpenShard(path)
+    try:
+        for index, tokens in enumerate(blocks):
+            targets = tokens if index else tokens[1:]
+            shard.append(tokens, int(np.count_nonzero(targets == eos_id)))
+        return shard.finish(vocab_size, tokenizer_digest, eos_id)
+    except BaseException:
+        shard.discard()
+        raise
+
+
 class ShardWriter:
     """Cut a growing stream of documents into `<prefix>-00000.bin`, `<prefix>-00001.bin`, ... of shard_tokens targets.
 
@@ -192,16 +211,7 @@ class ShardWriter:
         return self._open
 
     def _finish_shard(self, shard: "_OpenShard") -> None:
-        header = ShardHeader(
-            dtype=token_dtype(self._vocab_size),
-            vocab_size=self._vocab_size,
-            tokenizer_digest=self._tokenizer_digest,
-            eos_id=self._eos_id,
-            token_count=shard.token_count,
-            document_count=shard.document_count,
-            payload_xxh3=shard.digest.hexdigest(),
-        )
-        shard.finish(header)
+        header = shard.finish(self._vocab_size, self._tokenizer_digest, self._eos_id)
         self._written.append((shard.path, header))
         self._open = None
 
@@ -228,13 +238,23 @@ class _OpenShard:
         self.token_count += tokens.size
         self.document_count += num_documents
 
-    def finish(self, header: ShardHeader) -> None:
+    def finish(self, vocab_size: int, tokenizer_digest: str, eos_id: int) -> ShardHeader:
+        header = ShardHeader(
+            dtype=token_dtype(vocab_size),
+            vocab_size=vocab_size,
+            tokenizer_digest=tokenizer_digest,
+            eos_id=eos_id,
+            token_count=self.token_count,
+            document_count=self.document_count,
+            payload_xxh3=self.digest.hexdigest(),
+        )
         with self._file as file:
             file.seek(0)
             file.write(_format_header(header))
             file.flush()
             os.fsync(file.fileno())
         publish.publish(self._temporary, self.path)
+        return header
 
     def discard(self) -> None:
         self._file.close()

@@ -1,13 +1,15 @@
-"""The texts a tokenizer is trained on: a fixed sample, spread over the whole input."""
+"""The texts a tokenizer is trained on: a fixed sample, spread over the whole input, cleaned as the input will be."""
 
 from collections.abc import Iterator, Sequence
 
 import xxhash
 
+from data_prep.clean import Cleaner, kind_of
 from data_prep.documents import BadLine, Unit, read_unit
+from data_prep.minhash import exact_hash
 
 
-def texts(units: Sequence[Unit], training_bytes: int, threshold: int) -> Iterator[str]:
+def texts(units: Sequence[Unit], training_bytes: int, threshold: int, cleaner: Cleaner) -> Iterator[str]:
     """About training_bytes of text from all units alike; texts held out for validation stay unseen.
 
     Units come in the order of the hash of their index, so that a sample that ends early still has some of everything.
@@ -18,20 +20,24 @@ def texts(units: Sequence[Unit], training_bytes: int, threshold: int) -> Iterato
     quota_bytes = 2 * training_bytes / max(len(units), 1)
     rest_bytes = training_bytes
     for index in sorted(range(len(units)), key=_hash):
-        for text, num_bytes in _beginning(units[index], quota_bytes):
+        for text, num_bytes in _beginning(units[index], quota_bytes, cleaner):
             if rest_bytes <= 0:
                 return
-            if xxhash.xxh3_64_intdigest(text.encode("utf-8")) >= threshold:
+            if exact_hash(text)[1] >= threshold:
                 yield text
                 rest_bytes -= num_bytes
 
 
-def _beginning(unit: Unit, quota_bytes: float) -> Iterator[tuple[str, int]]:
+def _beginning(unit: Unit, quota_bytes: float, cleaner: Cleaner) -> Iterator[tuple[str, int]]:
     for item in read_unit(unit):
         if isinstance(item, BadLine):
             continue
-        num_bytes = len(item.text.encode("utf-8"))
-        yield item.text, num_bytes
+        kind = "chat" if item.turns else kind_of(unit.paths[item.file], "prose")
+        text = cleaner.normalise(item.text, kind)
+        if not text.strip() or cleaner.judge(text, kind, num_turns=len(item.turns) or None):
+            continue
+        num_bytes = len(text.encode("utf-8"))
+        yield text, num_bytes
         quota_bytes -= num_bytes
         if quota_bytes <= 0:
             return

@@ -1,25 +1,25 @@
+import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import config_file, identity, publish
+from data_prep import config_file, generations, work_area
 from data_prep.checksums import read_checksum_header
+from data_prep.clean_config import CleanConfig
+from data_prep.dedup_config import DedupConfig
 from data_prep.documents import InputError
+from data_prep.engine import EngineConfig
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipeline import OutputError, main, prepare
-from data_prep.prepare_config import EngineConfig, InputConfig, OutputConfig, PrepareConfig, TokenizerConfig
+from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, TokenizerConfig
 from data_prep.shards import open_tokens, read_header, verify_payload
 from data_prep.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-TEXTS = [f"text {i} 文字 " + "word " * (i % 11) for i in range(200)]
+TEXTS = [f"text {i} 文字 " + "word " * (i % 11) + f"end {i}" for i in range(200)]
 
 
 def write_lines(path: Path, texts: list[str]) -> None:
@@ -36,6 +36,8 @@ def config_for(place: Path, **output: object) -> PrepareConfig:
     options = {"folder": str(place / "data"), "sample_tokens": 16, "shard_tokens": 512, "validation_fraction": 0.1}
     return PrepareConfig(
         input=InputConfig(paths=(str(place / "*.jsonl"),)),
+        clean=CleanConfig(filters=()),
+        dedup=DedupConfig(near="off"),
         tokenizer=TokenizerConfig(vocab_size=300, training_bytes=10_000),
         output=OutputConfig(**{**options, **output}),  # pyright: ignore[reportArgumentType]
         engine=EngineConfig(num_workers=0, max_bad_fraction=0.02),
@@ -73,7 +75,8 @@ def test_the_folder_holds_all_that_training_needs(config: PrepareConfig, tmp_pat
         "train",
         "validation",
         "prepare.toml",
-        "inputs.json",
+        "generations",
+        "report.html",
     }
     tokenizer = load_tokenizer(folder / manifest.tokenizer_file, eos_id=manifest.eos_id)
     assert tokenizer.digest == manifest.tokenizer_digest
@@ -90,13 +93,21 @@ def test_the_folder_holds_all_that_training_needs(config: PrepareConfig, tmp_pat
     assert not list(tmp_path.glob("data.tmp*"))
 
 
-def test_the_number_of_workers_does_not_change_a_byte(config: PrepareConfig, tmp_path: Path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--engine.kind pool --engine.num-workers 2 --engine.unit-bytes 900",
+        "--engine.kind dask --engine.num-workers 2 --engine.unit-bytes 2500 --engine.dashboard 127.0.0.1:0",
+        "--engine.kind dask --engine.num-workers 4 --engine.unit-bytes 700 --engine.dashboard 127.0.0.1:0",
+        "--engine.kind inline --engine.unit-bytes 300",
+    ],
+)
+def test_engine_workers_and_units_do_not_change_a_byte(config: PrepareConfig, tmp_path: Path, flags: str):
+    config = dataclasses.replace(config, dedup=DedupConfig(), clean=CleanConfig(filters=("text.length",)))
+    (tmp_path / "base.toml").write_text(config_file.to_toml(config))
     made = []
-    for num_workers in (1, 2):
-        folder = tmp_path / f"data{num_workers}"
-        flags = ["--output.folder", str(folder), "--engine.num-workers", str(num_workers)]
-        (tmp_path / "base.toml").write_text(config_file.to_toml(config))
-        assert main([str(tmp_path / "base.toml"), *flags]) == 0
+    for folder, chosen in ((tmp_path / "one" / "data", "--engine.kind inline"), (tmp_path / "two" / "data", flags)):
+        assert main([str(tmp_path / "base.toml"), "--output.folder", str(folder), *chosen.split()]) == 0
         made.append(contents(folder))
         made[-1].pop("prepare.toml")
     assert made[0] == made[1]
@@ -113,22 +124,21 @@ def test_a_second_run_changes_nothing_and_says_so(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
 
 
-def test_other_input_or_settings_are_refused_until_overwriting_is_allowed(config: PrepareConfig, tmp_path: Path):
+def test_other_settings_and_changed_files_are_refused_until_overwriting_is_allowed(
+    config: PrepareConfig, tmp_path: Path
+):
     prepare(config)
     before = contents(tmp_path / "data")
-    with pytest.raises(OutputError, match=r"its configuration differs.*--output\.folder.*--output\.overwrite True"):
+    with pytest.raises(OutputError, match=r"differs: output.sample_tokens was 16, is 32.*--output\.overwrite True"):
         prepare(config_for(tmp_path, sample_tokens=32))
-    write_lines(tmp_path / "b.jsonl", ["new"])
-    with pytest.raises(OutputError, match=r"the input file .*b\.jsonl is new"):
-        prepare(config)
-    (tmp_path / "b.jsonl").unlink()
     write_lines(tmp_path / "a.jsonl", TEXTS[:-1])
-    with pytest.raises(OutputError, match=r"the input file .*a\.jsonl has changed"):
+    with pytest.raises(InputError, match=r"the input file .*a\.jsonl has changed.*--output\.overwrite True"):
         prepare(config)
     assert contents(tmp_path / "data") == before
-    manifest = prepare(config_for(tmp_path, overwrite=True))
-    assert sum(record.document_count for record in manifest.shards) == len(TEXTS) - 1
-    assert not list(tmp_path.glob("data.tmp*"))
+    for options in ({}, {"sample_tokens": 32}):
+        made = prepare(config_for(tmp_path, overwrite=True, **options))
+        assert sum(record.document_count for record in made.shards) == len(TEXTS) - 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
 
 
 def test_a_change_in_the_unread_middle_of_a_large_file_shows_in_its_time(config: PrepareConfig, tmp_path: Path):
@@ -139,7 +149,7 @@ def test_a_change_in_the_unread_middle_of_a_large_file_shows_in_its_time(config:
         file.seek(1_400_000)
         file.write(b"y")
     os.utime(path, ns=(1, 1))
-    with pytest.raises(OutputError, match="has changed"):
+    with pytest.raises(InputError, match="has changed"):
         prepare(config)
 
 
@@ -171,24 +181,26 @@ def test_bad_lines_below_the_limit_are_left_out_and_listed(
     path.write_text("\n".join(lines), encoding="utf-8")
     manifest = prepare(config)
     assert sum(record.document_count for record in manifest.shards) == len(TEXTS)
-    listed = [json.loads(line) for line in (tmp_path / "data" / "bad_lines.jsonl").read_text().splitlines()]
-    assert listed == [
-        {"path": str(path), "line": 11, "reason": "blank line"},
-        {"path": str(path), "line": 12, "reason": "invalid JSON"},
+    place = tmp_path / "data" / "generations" / "0000" / "bad_lines.jsonl"
+    assert [json.loads(line) for line in place.read_text().splitlines()] == [
+        {"path": str(path), "line": 11, "reason": "blank line", "head": ""},
+        {"path": str(path), "line": 12, "reason": "invalid JSON", "head": b"{".hex()},
     ]
-    assert f"2 bad lines were left out; all are listed in {tmp_path / 'data' / 'bad_lines.jsonl'}" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert f"bad lines were left out; all are listed in {place}:" in printed
+    assert f"1 x invalid JSON, e.g. {path}:12" in printed
 
 
 def test_bad_lines_above_the_limit_stop_the_run_with_reasons_and_places(config: PrepareConfig, tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + "\n" * 4 + "{\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"5 of 205 lines are bad \(2\.4%\), above engine\.max_bad_fraction") as caught:
+    with pytest.raises(
+        InputError, match=r"text: 5 of 205 lines are bad \(2\.4%\), above engine\.max_bad_fraction"
+    ) as caught:
         prepare(config)
     assert f"4 x blank line, e.g. {path}:201, {path}:202, {path}:203\n" in str(caught.value)
     assert f"1 x invalid JSON, e.g. {path}:205" in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_input_without_documents_is_refused(config: PrepareConfig, tmp_path: Path):
@@ -198,20 +210,14 @@ def test_an_input_without_documents_is_refused(config: PrepareConfig, tmp_path: 
 
 
 def test_a_small_input_still_holds_out_one_text(config: PrepareConfig, tmp_path: Path):
-    write_lines(tmp_path / "a.jsonl", ["one", "two", "three", "two"])
-    manifest = prepare(config_for(tmp_path, validation_fraction=1e-9))
+    write_lines(tmp_path / "a.jsonl", ["one 1", "two 2", "three 3", "two 2"])
+    config = config_for(tmp_path, validation_fraction=1e-9)
+    manifest = prepare(dataclasses.replace(config, dedup=DedupConfig(exact=False, near="off")))
     folder = tmp_path / "data"
     train, validation = texts_of(folder, manifest, "train"), texts_of(folder, manifest, "validation")
-    assert sorted(train + validation) == ["one", "three", "two", "two"]
+    assert sorted(train + validation) == ["one 1", "three 3", "two 2", "two 2"]
     assert len(set(validation)) == 1
     assert not set(train) & set(validation)
-
-
-def test_a_small_input_with_bad_lines_lists_them_once(config: PrepareConfig, tmp_path: Path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    prepare(config_for(tmp_path, validation_fraction=1e-9))
-    assert len((tmp_path / "data" / "bad_lines.jsonl").read_text().splitlines()) == 1
 
 
 def test_an_empty_split_is_refused_with_a_way_out(config: PrepareConfig, tmp_path: Path):
@@ -221,13 +227,13 @@ def test_an_empty_split_is_refused_with_a_way_out(config: PrepareConfig, tmp_pat
     with pytest.raises(InputError, match=r"validation split is empty.*--output\.validation-fraction 0"):
         prepare(config)
     manifest = prepare(config_for(tmp_path, validation_fraction=0.0))
-    assert {record.split for record in manifest.shards} == {"train"}
+    assert [(record.split, record.document_count) for record in manifest.shards] == [("train", 1)]
 
 
 def test_a_given_tokenizer_is_copied_and_its_end_token_recorded(config: PrepareConfig, tmp_path: Path):
     first = prepare(config)
     flags = ["--input.paths", str(tmp_path / "a.jsonl"), "--output.folder", str(tmp_path / "other")]
-    flags += ["--tokenizer.path", str(tmp_path / "data"), "--tokenizer.eos-token", "<|im_end|>"]
+    flags += ["--tokenizer.path", str(tmp_path / "data"), "--tokenizer.eos-token", "<|im_end|>", "--clean.filters"]
     assert main([*flags, "--engine.num-workers", "0", "--output.validation-fraction", "0.1"]) == 0
     manifest = read_manifest(tmp_path / "other")
     assert (manifest.eos_id, manifest.vocab_size) == (2, first.vocab_size)
@@ -236,31 +242,28 @@ def test_a_given_tokenizer_is_copied_and_its_end_token_recorded(config: PrepareC
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
 
 
-def test_a_failure_leaves_nothing_behind(config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_leaves_the_folder_as_it_was_and_the_work_for_the_next_run(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr(identity, "write", fail)
-    with pytest.raises(OSError, match="No space"):
-        prepare(config)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_a_folder_published_by_another_run_meanwhile_is_kept(
-    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write, times = identity.write, []
-
-    def write_after_another_run(folder: Path, current: identity.Identity) -> None:
-        monkeypatch.setattr(identity, "write", write)
-        prepare(config)
-        times.append((tmp_path / "data" / "manifest.json").stat().st_mtime_ns)
-        write(folder, current)
-
-    monkeypatch.setattr(identity, "write", write_after_another_run)
+    with monkeypatch.context() as patched:
+        patched.setattr(generations, "write_shards", fail)
+        with pytest.raises(OSError, match="No space"):
+            prepare(config)
+    assert not (tmp_path / "data").exists()
+    assert list((tmp_path / "data.work" / "units").glob("*/*/summary.json"))
     prepare(config)
-    assert times == [(tmp_path / "data" / "manifest.json").stat().st_mtime_ns]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
+
+
+def test_two_preparations_of_one_folder_do_not_run_at_once(config: PrepareConfig, tmp_path: Path):
+    with (
+        work_area.opened(tmp_path / "data.work"),
+        pytest.raises(work_area.WorkAreaError, match=rf"is running \(process {os.getpid()} on .*--output\.folder"),
+    ):
+        prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -315,54 +318,7 @@ def test_the_installed_corpus_needs_no_paths(tmp_path: Path):
     )
     manifest = prepare(config)
     assert {record.source for record in manifest.shards} == {"python"}
+    assert not list((tmp_path / "data").glob("**/*.tmp*"))
     text = "".join(texts_of(tmp_path / "data", manifest, "train"))
     assert 200_000 < len(text) < 300_000
     assert "import" in text
-
-
-def children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
-
-
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    # Not a zombie: in a container nobody may collect the orphans.
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def start_and_signal(config: PrepareConfig, folder: Path, number: signal.Signals) -> tuple[int, str, list[int]]:
-    """Exit code, errors and workers of a long run that its process group ends with a signal (SIGKILL: only itself)."""
-    write_lines(folder / "a.jsonl", [f"{i} " + "many different words in a long text " * 400 for i in range(2000)])
-    (folder / "run.toml").write_text(config_file.to_toml(config))
-    command = [sys.executable, "-m", "data_prep.pipeline", str(folder / "run.toml"), "--engine.num-workers", "2"]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True, text=True
-    ) as process:
-        while len(workers := children(process.pid)) < 3 and process.poll() is None:  # two, and a tracker of resources
-            time.sleep(0.01)
-        time.sleep(0.5)
-        process.send_signal(number) if number == signal.SIGKILL else os.killpg(process.pid, number)
-        errors = process.communicate()[1]
-    return process.returncode, errors, workers
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_interrupted_run_says_so_and_leaves_nothing(config: PrepareConfig, tmp_path: Path):
-    exit_code, errors, workers = start_and_signal(config, tmp_path, signal.SIGINT)
-    assert (exit_code, errors.splitlines()[-1]) == (130, "error: interrupted; nothing was written")
-    assert not any(is_running(worker) for worker in workers[1:])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "run.toml"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_run_leaves_no_workers_and_the_next_run_cleans_up(config: PrepareConfig, tmp_path: Path):
-    exit_code, _, workers = start_and_signal(config, tmp_path, signal.SIGKILL)
-    assert exit_code == -signal.SIGKILL
-    assert not (tmp_path / "data").exists()
-    (leftover,) = tmp_path.glob("data.tmp*")
-    deadline_s = time.monotonic() + 20
-    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline_s:
-        time.sleep(0.05)
-    assert not any(is_running(worker) for worker in workers)
-    assert publish.remove_leftovers(tmp_path, "data") == [leftover]

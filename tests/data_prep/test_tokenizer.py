@@ -168,6 +168,28 @@ def test_a_byte_fallback_tokenizer_json_counts_bytes_like_sentencepiece(tmp_path
     assert load_tokenizer(tmp_path).token_bytes().tolist() == [0, 1, 2, 1, 1, 2, 6]
 
 
+def test_special_tokens_of_a_published_file_are_told_from_those_found_in_text(bpe: Tokenizer, tmp_path: Path):
+    bpe.save(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_tokens(["<tool_call>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.special_id("<|im_end|>") == 2
+    found = loaded.special_id("<tool_call>")
+    assert found == 400
+    assert loaded.encode("a<tool_call>") == [*loaded.encode("a"), 400]
+    assert [loaded.is_special(i) for i in (2, 4, 400)] == [True, False, False]
+    assert loaded.added_tokens == [*SPECIAL_TOKENS, "<tool_call>"]
+    assert loaded.unknown_id is None
+
+
+def test_marks_of_a_sentencepiece_model_are_found_by_name(piece_file: Path):
+    tokenizer = load_tokenizer(piece_file)
+    assert [tokenizer.special_id(mark) for mark in ("<unk>", "<s>", "</s>", "a", "<0x41>")] == [0, 1, 2, None, None]
+    assert [tokenizer.is_special(i) for i in (0, 1, 2, 3)] == [True, True, True, False]
+    assert tokenizer.unknown_id == 0
+
+
 def test_a_tokenizer_of_unknown_kind_does_not_guess_its_bytes(tmp_path: Path):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, "a"))
     made.save(str(tmp_path / "tokenizer.json"))

@@ -1,12 +1,17 @@
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from data_prep import training_sample
+from data_prep.clean import Cleaner
+from data_prep.clean_config import CleanConfig
+from data_prep.corpus import find_inputs
 from data_prep.documents import Unit, plan_units
-from data_prep.merge import split_threshold
+from data_prep.minhash import exact_hash
+from data_prep.reduce import split_threshold
+from data_prep.templates import Layout
 
+CLEANER = Cleaner(CleanConfig(filters=()))
 NUM_FILES, TEXTS_PER_FILE = 20, 30
 
 
@@ -15,24 +20,24 @@ def units(tmp_path: Path) -> list[Unit]:
     for i in range(NUM_FILES):
         lines = [f'{{"text": "file {i:02d} text {j:02d}"}}\n' for j in range(TEXTS_PER_FILE)]
         (tmp_path / f"{i:02d}.jsonl").write_text("".join(lines) + "a bad line\n")
-    return plan_units(sorted(tmp_path.iterdir()), source="s")
+    return plan_units(find_inputs([f"{tmp_path}/*.jsonl"]), Layout.named("text"))
 
 
 def test_a_sample_as_large_as_the_input_has_every_text_once(units: list[Unit]):
-    sample = list(training_sample.texts(units, 10**6, threshold=0))
+    sample = list(training_sample.texts(units, 10**6, threshold=0, cleaner=CLEANER))
     assert len(sample) == len(set(sample)) == NUM_FILES * TEXTS_PER_FILE
 
 
 def test_a_small_sample_has_its_size_and_comes_from_many_files(units: list[Unit]):
-    sample = list(training_sample.texts(units, 1000, threshold=0))
+    sample = list(training_sample.texts(units, 1000, threshold=0, cleaner=CLEANER))
     assert 1000 <= sum(len(text) for text in sample) < 1020
     assert len({text[:7] for text in sample}) >= NUM_FILES // 2
-    assert sample == list(training_sample.texts(units, 1000, threshold=0))
+    assert sample == list(training_sample.texts(units, 1000, threshold=0, cleaner=CLEANER))
 
 
 def test_held_out_texts_are_never_in_the_sample(units: list[Unit]):
     threshold = split_threshold(0.5)
-    everything = set(training_sample.texts(units, 10**6, threshold=0))
-    held_out = {text for text in everything if xxhash.xxh3_64_intdigest(text.encode()) < threshold}
+    everything = set(training_sample.texts(units, 10**6, threshold=0, cleaner=CLEANER))
+    held_out = {text for text in everything if exact_hash(text)[1] < threshold}
     assert 200 < len(held_out) < 400
-    assert set(training_sample.texts(units, 10**6, threshold)) == everything - held_out
+    assert set(training_sample.texts(units, 10**6, threshold, CLEANER)) == everything - held_out

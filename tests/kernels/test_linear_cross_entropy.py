@@ -316,7 +316,7 @@ def test_whole_logits_can_be_chosen(device, monkeypatch):
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most memory that torch held at once, on the CPU, of what it allocated inside the function."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         function()
     held, peak = 0, 0
     kineto = profiled.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]

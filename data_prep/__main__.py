@@ -1,0 +1,41 @@
+"""Prepares data and looks into it: `python -m data_prep COMMAND ...`; each COMMAND has its own --help.
+
+prepare            raw text to a data folder, or further text into one
+inspect            what a data folder holds, what became of a document, where a training sample came from
+checksums          the checksums of a data folder, made anew
+train-tokenizer    a tokenizer from text files
+tokenizer-report   tokenizers compared on texts
+debian-chinese     Chinese texts from the packages of a Debian machine
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "prepare": "pipeline",
+    "inspect": "inspect_data",
+    "checksums": "checksums",
+    "train-tokenizer": "train_tokenizer",
+    "tokenizer-report": "tokenizer_report",
+    "debian-chinese": "debian_chinese",
+}
+"""The module of data_prep that does each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command with the arguments behind it and returns its exit code."""
+    command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0
+    if command not in COMMANDS:
+        print(f"error: {command}: no such command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return os.EX_USAGE
+    # Only now: each of them loads what the others do not need.
+    return importlib.import_module(f"data_prep.{COMMANDS[command]}").main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The table of all documents of a generation: where each came from, and what became of it. `documents.parquet`.
+
+path, line, place   where it was read; `path#place` is its id (place: byte offset, row or index; see documents)
+source, language    as the preparation knew them
+verdict             "kept", "exact duplicate", "near duplicate", or the name of the filter that refused it
+duplicate_of        id of the older document that it repeats
+split, start        the stream that holds it, and the place of its first token there, counted without the leading EOS
+num_tokens          its EOS included; text_bytes: after cleaning
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE = "kept", "exact duplicate", "near duplicate"
+GROUP_ROWS = 100_000
+
+
+class DocumentsWriter:
+    """Writes the table; close it, or use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = pa.dictionary(pa.int32(), pa.string())
+        fields = {"path": names, "line": pa.int64(), "place": pa.uint64(), "source": names, "language": names}
+        fields |= {"verdict": names, "duplicate_of": pa.string(), "split": names, "start": pa.int64()}
+        fields |= {"num_tokens": pa.int32(), "text_bytes": pa.int32()}
+        self._schema = pa.schema(list(fields.items()))
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._waiting: list[Any] = []
+        self._num_waiting = 0
+
+    def add(self, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+        """Appends rows; None stands for what does not apply to a document."""
+        import pyarrow as pa
+
+        arrays = [pa.array(columns[field.name], type=_plain(field.type)).cast(field.type) for field in self._schema]
+        self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._num_waiting += self._waiting[-1].num_rows
+        if self._num_waiting >= GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left, and the end of the file."""
+        self._flush()
+        self._writer.close()
+
+    def __enter__(self) -> "DocumentsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting).unify_dictionaries())
+            self._waiting, self._num_waiting = [], 0
+
+
+def _plain(kind: Any) -> Any:
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def kept_ids(path: Path) -> list[str]:
+    """Ids of the kept documents of a table, in its order: that of the rows of the generation's sketches."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["path", "place", "verdict"])
+    table = table.filter(pc.field("verdict") == KEPT)
+    return [f"{p}#{place}" for p, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True)]

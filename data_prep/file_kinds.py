@@ -1,0 +1,69 @@
+"""What a file holds, told by its suffix."""
+
+import re
+from typing import Literal
+
+CODE_SUFFIXES = (
+    *(".py", ".pyi", ".ipy", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".sh", ".bash", ".ps1", ".sql", ".vim"),
+    *(".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cs", ".go", ".rs", ".zig", ".swift", ".f90"),
+    *(
+        ".java",
+        ".kt",
+        ".scala",
+        ".clj",
+        ".dart",
+        ".js",
+        ".mjs",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".html",
+        ".htm",
+        ".css",
+    ),
+    *(".hs", ".ml", ".ex", ".erl", ".el", ".lisp", ".v", ".sv", ".vhd", ".proto", ".tex", ".scss"),
+)
+PROSE_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
+TEXT_SUFFIXES = (*PROSE_SUFFIXES, *CODE_SUFFIXES)
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSIONS = (".gz", ".zst")
+COMPRESSIBLE_SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json")
+KNOWN_SUFFIXES = (*COMPRESSIBLE_SUFFIXES, ".parquet")
+
+FileKind = Literal["text", "jsonl", "json", "parquet"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a place that is reached by a protocol, such as s3://bucket/key."""
+    return _URL.match(path) is not None
+
+
+def compression(path: str) -> str:
+    """The last suffix if it is one of COMPRESSIONS, else nothing."""
+    name = _name(path)
+    return next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+
+
+def content_suffix(path: str) -> str:
+    """The suffix that tells what is inside, lower-case: `.jsonl` of `a.jsonl.gz`; nothing if the name has none."""
+    name = _name(path).removesuffix(compression(path))
+    return "." + name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+
+
+def file_kind(path: str) -> FileKind | None:
+    """What kind of file a path names; None if it is not known."""
+    suffix = content_suffix(path)
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    if suffix in LINE_SUFFIXES:
+        return "jsonl"
+    if suffix == ".json":
+        return "json"
+    return "parquet" if suffix == ".parquet" and not compression(path) else None
+
+
+def _name(path: str) -> str:
+    # A download link may carry questions behind the name.
+    return path.partition("?")[0] if is_url(path) else path
