@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def raw_encode(job: Job) -> Finished:
         process.join()
     elapsed_s = max(stop_s for _, stop_s, _ in spans) - min(start_s for start_s, _, _ in spans)
     streams = [Stream(str(_raw_file(job, index))) for index in range(job.num_workers)]
-    facts = {"encoder": name, "encode_cpu_s": sum(cpu_s for _, _, cpu_s in spans)}
-    return Finished(streams, list(range(len(job.files))), facts, elapsed_s)
+    cpu_s = sum(cpu_s for _, _, cpu_s in spans)
+    return Finished(streams, list(range(len(job.files))), {"encoder": name}, elapsed_s, cpu_s)
 
 
 def _raw_process(job: Job, name: str, index: int, share: Sequence[int], barrier: Any, times: Any) -> None:
@@ -106,14 +107,13 @@ def _prepare(job: Job, validation_fraction: float, **sections: Any) -> Finished:
 
 
 def _verdicts(folder: Path) -> dict[str, Any]:
-    """How many documents were kept, and what became of each document of files whose name ends in "-1.jsonl"."""
+    """How many documents were kept, and what became of the copies in files whose name ends in "-1.jsonl"."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder_of(folder, 0) / DOCUMENTS_FILE, columns=["path", "line", "verdict"])
-    paths, lines, verdicts = (table[name].to_pylist() for name in ("path", "line", "verdict"))
-    copies = [
-        [line, verdict] for path, line, verdict in zip(paths, lines, verdicts, strict=True) if path.endswith("-1.jsonl")
-    ]
+    verdicts = table["verdict"].to_pylist()
+    rows = sorted(zip(table["path"].to_pylist(), table["line"].to_pylist(), verdicts, strict=True))
+    copies = [verdict for path, _, verdict in rows if path.endswith("-1.jsonl")]
     return {"documents": len(verdicts), "kept": verdicts.count("kept"), "copies": copies}
 
 
@@ -160,6 +160,8 @@ def _unit_step(job: Job, path: Path, kind: str, encoder: str, clean: CleanConfig
     )
     (unit,) = _units(path)
     folder = Path(job.folder) / f"unit-{path.stem}-{near}"
+    # A worker loads tokenizer and encoder once, for all its units.
+    process_unit(UnitTask(replace(unit, stop=1), recipe, f"{folder}-first"))
     return lambda: process_unit(UnitTask(unit, recipe, str(folder)))
 
 

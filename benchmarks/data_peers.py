@@ -1,8 +1,9 @@
 """Other ways from JSON lines to token files, for the benchmark of data preparation.
 
 Steel-LLM's, Megatron-LM's, nanoGPT's and TinyLlama's ways are written anew from what they do, operation by operation
-where it costs time; datatrove is itself, if it is installed. All use the same tokenizer.json, through the library that
-each of them uses, and end documents with the same token. Where they are spared work, their docstrings say so.
+where it costs time; datatrove, and `datasets` for nanoGPT, are themselves, if they are installed. All use the same
+tokenizer.json, through the library that each of them uses, and end documents with the same token. Where they are spared
+work, their docstrings say so.
 
     python -m benchmarks.data_peers WAY JOB     (started by benchmarks.data)
 """
@@ -149,10 +150,41 @@ def _encode_line(eos_id: int, line: str) -> list[int]:
 
 
 def nanogpt(job: Job) -> Finished:
-    """nanoGPT: the texts as Arrow files, mapped by processes with tiktoken into Arrow files of ids, then a memory map.
+    """nanoGPT: `datasets.map` with tiktoken, one call a document, then a memory map that is filled shard by shard.
 
-    Source: data/openwebtext/prepare.py. `datasets` is not used: what it does is done by pyarrow, without its cost for
-    each example. Spared as well: the shuffled split, and copying texts that a cache already holds.
+    Source: data/openwebtext/prepare.py. Spared: its shuffled split.
+
+    Raises:
+        ImportError: datasets or tiktoken is not installed.
+    """
+    datasets = importlib.import_module("datasets")
+    encoding = _tiktoken_encoding(job)
+
+    def process(example: dict[str, Any]) -> dict[str, Any]:
+        ids = encoding.encode_ordinary(example["text"])
+        ids.append(job.eos_id)
+        return {"ids": ids, "len": len(ids)}
+
+    loaded = datasets.load_dataset(
+        "json", data_files=list(job.files), split="train", cache_dir=f"{job.folder}/cache", num_proc=job.num_workers
+    )
+    tokenized = loaded.map(process, remove_columns=["text"], num_proc=job.num_workers)
+    path = Path(job.folder) / "train.bin"
+    tokens = np.memmap(path, dtype=TOKENS, mode="w+", shape=(int(np.sum(tokenized["len"])),))
+    num_shards, filled = min(_MEMMAP_SHARDS, len(tokenized)), 0
+    for index in range(num_shards):
+        shard = tokenized.shard(num_shards=num_shards, index=index, contiguous=True).with_format("numpy")
+        batch = np.concatenate(shard["ids"])
+        tokens[filled : filled + len(batch)] = batch
+        filled += len(batch)
+    tokens.flush()
+    return Finished([Stream(str(path))], list(range(len(job.files))))
+
+
+def arrow(job: Job) -> Finished:
+    """nanoGPT's way without `datasets`: texts and ids as Arrow files written by pyarrow, then the memory map.
+
+    It does less than nanoGPT's program: no dictionary, no type inference and no copy for each example.
     """
     pa = importlib.import_module("pyarrow")
     texts = [text for path in job.files for text in _texts(path)]
@@ -160,7 +192,7 @@ def nanogpt(job: Job) -> Finished:
     _write_arrow(raw, ({"text": texts[i : i + _ARROW_ROWS]} for i in range(0, len(texts), _ARROW_ROWS)))
     edges = np.linspace(0, len(texts), job.num_workers + 1).astype(int).tolist()
     spans = list(itertools.pairwise(edges))
-    _in_processes(_nanogpt_process, [(job, process, span) for process, span in enumerate(spans)])
+    _in_processes(_arrow_process, [(job, process, span) for process, span in enumerate(spans)])
     files = [pa.memory_map(str(Path(job.folder) / f"ids-{process:05d}.arrow")) for process in range(job.num_workers)]
     table = pa.concat_tables([pa.ipc.open_stream(file).read_all() for file in files])
     path = Path(job.folder) / "train.bin"
@@ -174,7 +206,7 @@ def nanogpt(job: Job) -> Finished:
     return Finished([Stream(str(path))], tuple(range(len(job.files))))
 
 
-def _nanogpt_process(job: Job, process: int, span: tuple[int, int]) -> None:
+def _arrow_process(job: Job, process: int, span: tuple[int, int]) -> None:
     pa = importlib.import_module("pyarrow")
     encoding = _tiktoken_encoding(job)
     with pa.memory_map(str(Path(job.folder) / "raw.arrow")) as file:
@@ -274,13 +306,15 @@ WAYS: dict[str, Way] = {
     "tinyllama": tinyllama,
     "megatron": megatron,
     "nanogpt": nanogpt,
+    "arrow": arrow,
     "datatrove": datatrove,
 }
 _LIBRARIES = {
     "steel_llm": "transformers",
     "tinyllama": "tokenizers",
     "megatron": "transformers",
-    "nanogpt": "pyarrow",
+    "nanogpt": "datasets",
+    "arrow": "pyarrow",
     "datatrove": "datatrove.pipeline.tokens",
 }
 """Imported before the time is taken, as programs do."""

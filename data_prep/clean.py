@@ -19,95 +19,17 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath
 from typing import Final
 
 from data_prep.clean_config import CleanConfig
 from data_prep.config_file import ConfigError, to_table
+from data_prep.file_kinds import CODE_SUFFIXES, content_suffix
 from data_prep.filters import FILTERS, Profile, keeps_line
 from data_prep.ngram_model import NgramModel, NgramModelError
 from data_prep.pii import Masker
 
 VERSION: Final = 1
 """Raised whenever the same settings give another result."""
-CODE_SUFFIXES: Final = frozenset(
-    (
-        *(
-            ".py",
-            ".pyi",
-            ".pyx",
-            ".c",
-            ".h",
-            ".cc",
-            ".cpp",
-            ".cxx",
-            ".hh",
-            ".hpp",
-            ".hxx",
-            ".cu",
-            ".cuh",
-            ".java",
-            ".js",
-            ".jsx",
-        ),
-        *(
-            ".mjs",
-            ".ts",
-            ".tsx",
-            ".go",
-            ".rs",
-            ".rb",
-            ".php",
-            ".cs",
-            ".fs",
-            ".vb",
-            ".sh",
-            ".bash",
-            ".zsh",
-            ".fish",
-            ".ps1",
-            ".sql",
-        ),
-        *(
-            ".html",
-            ".htm",
-            ".css",
-            ".scss",
-            ".less",
-            ".vue",
-            ".tex",
-            ".r",
-            ".lua",
-            ".scala",
-            ".swift",
-            ".kt",
-            ".kts",
-            ".jl",
-            ".pl",
-            ".pm",
-        ),
-        *(
-            ".hs",
-            ".ml",
-            ".mli",
-            ".ex",
-            ".exs",
-            ".erl",
-            ".clj",
-            ".dart",
-            ".zig",
-            ".nim",
-            ".asm",
-            ".s",
-            ".m",
-            ".mm",
-            ".f",
-            ".f90",
-        ),
-        *(".f95", ".v", ".sv", ".vhd", ".vhdl", ".proto", ".cmake", ".gradle", ".groovy"),
-    )
-)
-_COMPRESSED: Final = (".gz", ".zst", ".bz2", ".xz")
 
 _CONTROLS_OF_ASCII: Final = bytes(code for code in (*range(32), 127) if code not in (9, 10, 13))
 _LINE_BREAKS: Final = str.maketrans({"\x0b": "\n", "\x0c": "\n", "\u2028": "\n", "\u2029": "\n"})
@@ -229,10 +151,7 @@ class Cleaner:
 
 def kind_of(path: str, default: str) -> str:
     """The kind of the texts in a file: "code" by its suffix, else the default."""
-    name = PurePosixPath(path.lower())
-    if name.suffix in _COMPRESSED:
-        name = name.with_suffix("")
-    return "code" if name.suffix in CODE_SUFFIXES else default
+    return "code" if content_suffix(path) in CODE_SUFFIXES else default
 
 
 def remove_html(text: str) -> str:

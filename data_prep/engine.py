@@ -212,19 +212,30 @@ def _dask_client(config: EngineConfig, num_tasks: int) -> Iterator[Any]:
     except ImportError as error:
         raise ConfigError('engine.kind = "dask" needs the package distributed: pip install distributed') from error
     with contextlib.ExitStack() as stack:
-        if config.address is not None:
+        if config.address is None:
+            cluster = stack.enter_context(_local_cluster(config, num_tasks))
+            client = distributed.Client(cluster)
+        else:
             try:
-                yield stack.enter_context(distributed.Client(config.address))
+                client = distributed.Client(config.address)
             except (OSError, TimeoutError) as error:
                 raise ConfigError(f"engine.address = {config.address}: no Dask scheduler answers there") from error
-            return
-        cluster = stack.enter_context(
-            distributed.LocalCluster(
+        yield stack.enter_context(client)
+
+
+def _local_cluster(config: EngineConfig, num_tasks: int) -> Any:
+    import distributed
+
+    for attempt in range(MAX_DEATHS):
+        try:
+            return distributed.LocalCluster(
                 n_workers=min(config.workers, max(num_tasks, 1)),
                 threads_per_worker=1,
                 dashboard_address=config.dashboard,
                 memory_limit=0,  # the system knows better than a share of it when memory is short
                 silence_logs=logging.CRITICAL,  # the workers complain when the scheduler ends before them
             )
-        )
-        yield stack.enter_context(distributed.Client(cluster))
+        except RuntimeError as error:  # a worker that is killed while it starts; later ones are started again by Dask
+            if attempt == MAX_DEATHS - 1:
+                raise _worker_died() from error
+    raise AssertionError

@@ -3,26 +3,13 @@
 import re
 from typing import Literal
 
-CODE_SUFFIXES = (
-    *(".py", ".pyi", ".ipy", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".sh", ".bash", ".ps1", ".sql", ".vim"),
-    *(".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cs", ".go", ".rs", ".zig", ".swift", ".f90"),
-    *(
-        ".java",
-        ".kt",
-        ".scala",
-        ".clj",
-        ".dart",
-        ".js",
-        ".mjs",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".html",
-        ".htm",
-        ".css",
-    ),
-    *(".hs", ".ml", ".ex", ".erl", ".el", ".lisp", ".v", ".sv", ".vhd", ".proto", ".tex", ".scss"),
+_CODE = (
+    ".asm .bash .c .cc .clj .cmake .cpp .cs .css .cu .cuh .cxx .dart .el .erl .ex .exs .f .f90 .f95 .fish "
+    ".fs .go .gradle .groovy .h .hh .hpp .hs .htm .html .hxx .ipy .java .jl .js .jsx .kt .kts .less .lisp "
+    ".lua .m .mjs .ml .mli .mm .nim .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scss .sh "
+    ".sql .sv .swift .tex .ts .tsx .v .vb .vhd .vhdl .vim .vue .zig .zsh"
 )
+CODE_SUFFIXES = tuple(_CODE.split())
 PROSE_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
 TEXT_SUFFIXES = (*PROSE_SUFFIXES, *CODE_SUFFIXES)
 LINE_SUFFIXES = (".jsonl", ".ndjson")

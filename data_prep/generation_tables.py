@@ -37,7 +37,7 @@ def write(
         for unit, before in zip(units, lines_before, strict=True):
             for item in sorted(read_lines(unit.folder / unit_step.BAD_LINES_FILE), key=lambda item: item["line"]):
                 where = {"path": unit.unit.paths[item["file"]], "line": item["line"] + before}
-                where |= {"reason": item["reason"], "head": item["head"]}
+                where |= {"place": item["place"], "reason": item["reason"], "head": item["head"]}
                 file.write(json.dumps(where, ensure_ascii=False) + "\n")
 
 

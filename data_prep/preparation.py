@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ from data_prep.train_tokenizer import train
 from data_prep.unit_step import Recipe, UnitTask, process_unit
 from data_prep.work_area import WorkArea
 
+PROOF_BYTES = 200_000
+"""Of the input, on which a fast encoder must agree with the tokenizer's own."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -120,13 +122,7 @@ class Preparation:
         folder = self._area.tokenizer(xxhash.xxh3_128_hexdigest(json.dumps(content).encode("utf-8")))
         if not folder.is_dir():
             started_s = time.perf_counter()
-            texts = training_sample.texts(
-                [unit for _, unit in _plan(self._sources, self._inputs)],  # not cut by engine.unit_bytes
-                config.training_bytes,
-                reduce.split_threshold(self._config.output.validation_fraction),
-                Cleaner(self._config.clean),
-            )
-            trained = train(texts, config.algorithm, config.vocab_size)
+            trained = train(self._sample(config.training_bytes), config.algorithm, config.vocab_size)
             temporary = publish.temporary_beside(folder)
             temporary.mkdir()
             trained.save(temporary)
@@ -135,8 +131,19 @@ class Preparation:
             print(f"trained a {config.algorithm} tokenizer of {trained.vocab_size:,} tokens in {elapsed_s:.1f} s")
         return load_tokenizer(folder)
 
+    def _sample(self, num_bytes: int) -> Iterator[str]:
+        """Some of the input, but for what is held out."""
+        return training_sample.texts(
+            [unit for _, unit in _plan(self._sources, self._inputs)],  # not those that engine.unit_bytes shapes
+            num_bytes,
+            reduce.split_threshold(self._config.output.validation_fraction),
+            Cleaner(self._config.clean),
+        )
+
     def _process_units(self, tokenizer: Tokenizer) -> list[FinishedUnit]:
-        encoder = fastest_encoder(tokenizer)
+        encoder = fastest_encoder(tokenizer, self._sample(PROOF_BYTES))
+        for reason in encoder.rejected:
+            print(f"not encoding with {reason}")
         print(f"encoding with {encoder.name}; running on {self._engine.name}")
         file_ids = {file.path: item.file_id for item, file in self._inputs.items()}
         tasks: list[UnitTask] = []

@@ -89,7 +89,7 @@ class TokenizerConfig:
     """What is trained: a byte-level BPE, or sentencepiece with byte fallback."""
     vocab_size: int = 32_000
     """Tokens of a vocabulary trained here; up to 65,536 ids take two bytes each."""
-    training_bytes: int = 16_000_000
+    training_bytes: int = 32_000_000
     """About how much text to train on, sampled over the whole input."""
 
     def __post_init__(self) -> None:

@@ -67,6 +67,9 @@ def opened(folder: Path) -> Iterator[WorkArea]:
         lock.flush()
         for place in [folder, *(folder / "units").glob("*")]:
             publish.remove_leftovers(place)
+        # Under the lock nobody writes there; what a killed run left, on whatever machine, must not be published.
+        for leftover in folder.glob("stage-*/**/*.tmp-*"):
+            leftover.unlink()
         yield WorkArea(folder)
 
 

@@ -119,9 +119,10 @@ def test_short_items_are_found_whole_if_that_is_asked_for(tmp_path: Path) -> Non
         "请问，中国的首都\n在哪里？",
         "太短了",
         "wrote the play that opens in",
+        ENGLISH[:45],
     ]
-    assert [found.overlap(text) is not None for text in asked] == [True, True, False, False]
-    assert Decontaminator([path]).overlaps(asked) == [None] * 4
+    assert [found.overlap(text) is not None for text in asked] == [True, True, False, False, False]
+    assert Decontaminator([path]).overlaps(asked) == [None] * 5
 
 
 def test_a_quotation_is_found_anywhere_in_a_long_text(both: Decontaminator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +130,7 @@ def test_a_quotation_is_found_anywhere_in_a_long_text(both: Decontaminator, monk
     monkeypatch.setattr(decontaminate, "_OVERLAP_UNITS", 200)
     words = [f"w{random.Random(i).randrange(10**6)}" for i in range(600)]
     texts = [" ".join([*words[:at], ENGLISH, *words[at:]]) for at in range(0, 600, 13)]
+    texts += [" ".join([*words[:num], ENGLISH]) for num in range(400, 600, 7)]
     assert both.overlaps([*texts, " ".join(words)]) == ["contaminated:mmlu.jsonl"] * len(texts) + [None]
 
 
@@ -139,6 +141,8 @@ def test_runs_that_many_items_have_are_ignored(tmp_path: Path) -> None:
     assert Decontaminator([write_items(tmp_path / "few.jsonl", *few)]).overlap(instruction) is not None
     many = Decontaminator([write_items(tmp_path / "many.jsonl", *few, f"{instruction} k", ENGLISH)])
     assert many.overlaps([instruction, ENGLISH]) == [None, "contaminated:many.jsonl"]
+    repeats = "row row row your boat gently down the stream merrily merrily merrily merrily " * 30
+    assert Decontaminator([write_items(tmp_path / "song.jsonl", repeats)]).overlap(repeats[:90]) is not None
 
 
 def test_every_string_of_a_record_is_an_item_and_the_first_file_is_named(tmp_path: Path) -> None:

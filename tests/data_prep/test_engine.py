@@ -167,3 +167,12 @@ def _descendants(pid: int) -> list[int]:
 def _is_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_running_cluster_is_used_and_left_running():
+    import distributed
+
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
+        for _ in range(2):
+            with engine.started(EngineConfig(address=cluster.scheduler_address), 9) as running:
+                assert dict(running.run(square, range(9))) == {i: i * i for i in range(9)}

@@ -169,13 +169,16 @@ def test_an_append_that_breaks_off_is_completed_by_the_next_run(
     def no_manifest(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         if broken == "publish":
             patched.setattr(publish, "publish", publish_some)
         else:
             patched.setattr(manifest, "write_manifest", no_manifest)
-        prepare(config_for(tmp_path))
-    assert len(read_manifest(tmp_path / "data").shards) == len(generations.read_generations(tmp_path / "data")[0].shards)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config_for(tmp_path))
+    assert len(read_manifest(tmp_path / "data").shards) == len(
+        generations.read_generations(tmp_path / "data")[0].shards
+    )
     prepare(config_for(tmp_path))
     made = read_manifest(tmp_path / "data")
     assert texts_of(tmp_path / "data") == sorted(text(i) for i in [*range(30), *range(50, 90)])
@@ -232,7 +235,10 @@ def test_texts_of_evaluation_sets_are_dropped_by_name(tmp_path: Path):
 
 def test_dialogues_are_encoded_with_the_marks_of_their_turns(tmp_path: Path):
     turns = [{"role": "user", "content": text(1)}, {"role": "assistant", "content": f"{text(2)} <|im_end|>"}]
-    lines = [json.dumps({"messages": turns}), json.dumps({"messages": [{"role": "user", "content": text(i)} for i in (3, 4)]})]
+    lines = [
+        json.dumps({"messages": turns}),
+        json.dumps({"messages": [{"role": "user", "content": text(i)} for i in (3, 4)]}),
+    ]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     made = prepare(config_for(tmp_path, validation_fraction=0.0))
     tokenizer = load_tokenizer(tmp_path / "data", eos_id=made.eos_id)
@@ -253,7 +259,10 @@ def test_the_table_of_documents_says_where_each_is(tmp_path: Path):
     tokenizer = load_tokenizer(tmp_path / "data", eos_id=made.eos_id)
     rows = table(tmp_path / "data", 0)
     assert [row["line"] for row in rows] == list(range(1, 53))
-    assert [row["verdict"] for row in rows if row["verdict"] != documents_table.KEPT] == ["text.length", "exact duplicate"]
+    assert [row["verdict"] for row in rows if row["verdict"] != documents_table.KEPT] == [
+        "text.length",
+        "exact duplicate",
+    ]
     lines = (tmp_path / "a.jsonl").read_bytes()
     for row in rows:
         raw = json.loads(lines[row["place"] :].split(b"\n", 1)[0])["text"]
@@ -285,5 +294,11 @@ def test_the_command_line_tells_what_came_of_each_source(tmp_path: Path, capsys:
     printed = capsys.readouterr().out
     header, train = (line.split() for line in printed.splitlines() if "documents" in line or " train " in line)
     row = dict(zip([*header[:4], "MB text", *header[6:]], train, strict=True))
-    assert (row["source"], row["split"], row["dropped"], row["duplicates"], row["bad"]) == ("web", "train", "1", "1", "0")
+    assert (row["source"], row["split"], row["dropped"], row["duplicates"], row["bad"]) == (
+        "web",
+        "train",
+        "1",
+        "1",
+        "0",
+    )
     assert "report.html" in printed

@@ -177,14 +177,15 @@ def test_bad_lines_below_the_limit_are_left_out_and_listed(
 ):
     path = tmp_path / "a.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
+    place_of_bad = len("\n".join(lines[:10]).encode()) + 1
     lines[10:10] = ["", "{"]
     path.write_text("\n".join(lines), encoding="utf-8")
     manifest = prepare(config)
     assert sum(record.document_count for record in manifest.shards) == len(TEXTS)
     place = tmp_path / "data" / "generations" / "0000" / "bad_lines.jsonl"
     assert [json.loads(line) for line in place.read_text().splitlines()] == [
-        {"path": str(path), "line": 11, "reason": "blank line", "head": ""},
-        {"path": str(path), "line": 12, "reason": "invalid JSON", "head": b"{".hex()},
+        {"path": str(path), "line": 11, "place": place_of_bad, "reason": "blank line", "head": ""},
+        {"path": str(path), "line": 12, "place": place_of_bad + 1, "reason": "invalid JSON", "head": b"{".hex()},
     ]
     printed = capsys.readouterr().out
     assert f"bad lines were left out; all are listed in {place}:" in printed
