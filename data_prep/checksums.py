@@ -1,4 +1,4 @@
-"""One checksum per training sample, in a file beside the shard: `python -m data_prep.checksums FOLDER`.
+"""One checksum per training sample, in a file beside the shard: `python -m data_prep checksums FOLDER`.
 
 A shard's payload hash finds rot only when all of it is read; these find it in the one sample that is about to be
 trained on. `web-00000.xxh3` belongs to `web-00000.bin` and is optional. Checksum j is the low half of xxh3_64 over the
@@ -18,6 +18,7 @@ import xxhash
 from tqdm import tqdm
 
 from data_prep import publish
+from data_prep.document_starts import write_document_starts
 from data_prep.manifest import num_samples, read_manifest
 from data_prep.shards import HEADER_BYTES, check_payload, read_header
 
@@ -138,7 +139,7 @@ def verify_checksums(shard: Path, header: ChecksumHeader) -> None:
 
 
 def make_checksums(folder: Path, sample_tokens: int | None = None) -> None:
-    """(Re)make the checksum files of a prepared folder, after checking each shard's payload against its header.
+    """(Re)make the checksums and document starts of a prepared folder, after checking each payload against its header.
 
     Args:
         folder: Data folder with a manifest.json.
@@ -149,6 +150,7 @@ def make_checksums(folder: Path, sample_tokens: int | None = None) -> None:
     covered = manifest.sample_tokens if sample_tokens is None else sample_tokens
     for record in tqdm(manifest.shards, desc="checksums", unit="shard", leave=False, disable=None):
         write_checksums(folder / record.file, covered)
+        write_document_starts(folder / record.file)
     print(f"{folder}: {len(manifest.shards):,} shards verified, one checksum for each {covered:,} targets written")
 
 
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         options = (tyro.conf.PositionalRequiredArgs,)
-        tyro.cli(make_checksums, args=argv, prog="python -m data_prep.checksums", config=options)
+        tyro.cli(make_checksums, args=argv, prog="python -m data_prep checksums", config=options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return os.EX_DATAERR
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _remedy(shard: Path) -> str:
-    return f"make it anew with: python -m data_prep.checksums {shard.parent.parent}"
+    return f"make it anew with: python -m data_prep checksums {shard.parent.parent}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.checksums import write_checksums
+from data_prep.document_starts import write_document_starts
 from data_prep.manifest import ShardRecord, record_shard
 from data_prep.shards import read_header, token_dtype, write_shard
 
@@ -86,7 +87,7 @@ def shard_pieces(pieces: Pieces, shard_tokens: int) -> Iterator[tuple[Pieces, Pi
 
 
 def cut_shard(task: CutTask) -> ShardRecord:
-    """Writes a shard and its checksums, unless it is there; returns its record."""
+    """Writes a shard, unless it is there, and what belongs beside it; returns its record."""
     folder = Path(task.folder)
     path = folder / task.file
     if not path.exists():
@@ -99,6 +100,7 @@ def cut_shard(task: CutTask) -> ShardRecord:
             eos_id=task.eos_id,
         )
     write_checksums(path, task.sample_tokens)
+    write_document_starts(path)
     return record_shard(folder, path, read_header(path), source=task.source, sample_tokens=task.sample_tokens)
 
 

@@ -21,7 +21,6 @@ class DedupConfig:
     """Similarity from which minhash drops a document: estimated Jaccard similarity of its 8-character runs."""
     max_distance: int = 3
     """Bits of 64 in which simhash lets near-duplicates differ, at most 3."""
-
     against: tuple[str, ...] = ()
     """Other data folders, prepared before with the same way of near; what they hold is older and not taken again."""
 

@@ -18,7 +18,6 @@ from data_prep import (
     generations,
     manifest,
     mixture_file,
-    near_duplicates,
     publish,
     reduce,
     report,
@@ -53,15 +52,13 @@ Result = TypeVar("Result")
 def settings_of(config: PrepareConfig, found: Sequence[Source], given: Tokenizer | None) -> dict[str, Any]:
     """What shapes the result besides the content of the input files. Not: paths, workers, places."""
     tokenizer = config.tokenizer
-    evaluation = unit_step.decontaminator_of(config.decontaminate)
     trained = [tokenizer.algorithm, tokenizer.vocab_size, tokenizer.training_bytes]
     return {
         "step version": unit_step.STEP_VERSION,
         "tokenizer": trained if given is None else given.digest,
         "clean": Cleaner(config.clean).digest,
-        "dedup": [config.dedup.exact, near_duplicates.digest(config.dedup.near), config.dedup.min_similarity],
-        "dedup.against": list(config.dedup.against),
-        "decontaminate": None if evaluation is None else evaluation.digest,
+        "dedup": config.dedup.digest,
+        "decontaminate": config.decontaminate.digest,
         "output.shard_tokens": config.output.shard_tokens,
         "output.sample_tokens": config.output.sample_tokens,
         "output.validation_fraction": config.output.validation_fraction,
@@ -141,7 +138,7 @@ class Preparation:
         )
 
     def _process_units(self, tokenizer: Tokenizer) -> list[FinishedUnit]:
-        encoder = fastest_encoder(tokenizer, self._sample(PROOF_BYTES))
+        encoder = fastest_encoder(tokenizer, list(self._sample(PROOF_BYTES)))
         for reason in encoder.rejected:
             print(f"not encoding with {reason}")
         print(f"encoding with {encoder.name}; running on {self._engine.name}")
@@ -163,7 +160,8 @@ class Preparation:
                 digests[recipe] = unit_step.recipe_digest(recipe)
             key = unit_step.unit_key(unit, [file_ids[path] for path in unit.paths], digests[recipe])
             tasks.append(UnitTask(unit, recipe, str(self._area.unit(key))))
-        summaries = self._map("read, clean, encode", process_unit, tasks, [task.unit.size_bytes for task in tasks])
+        sizes = [task.unit.size_bytes for task in tasks]
+        summaries = self._map("read, clean, encode", process_unit, tasks, sizes, count=lambda unit: unit.num_documents)
         return [
             FinishedUnit(task.unit, source.name, Path(task.folder), found)
             for (source, _), task, found in zip(self._units, tasks, summaries, strict=True)
@@ -225,7 +223,8 @@ class Preparation:
                     )
                 )
         token_bytes = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
-        records = self._map("cut shards", cut_shard, tasks, [task.pieces.num_tokens * token_bytes for task in tasks])
+        sizes = [task.pieces.num_tokens * token_bytes for task in tasks]
+        records = self._map("cut shards", cut_shard, tasks, sizes, count=lambda record: record.document_count)
         return list(zip(records, starts, strict=True))
 
     def _publish(
@@ -264,16 +263,25 @@ class Preparation:
         manifest.write_manifest(folder, made)
 
     def _map(
-        self, name: str, function: Callable[[Task], Result], tasks: Sequence[Task], sizes: Sequence[int]
+        self,
+        name: str,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        sizes: Sequence[int],
+        *,
+        count: Callable[[Result], int],
     ) -> list[Result]:
-        """Results of the tasks, in their order, under a progress bar of bytes."""
+        """Results of the tasks, in their order, under a progress bar of bytes that counts documents, too."""
         results: list[Any] = [None] * len(tasks)
+        num_documents = 0
         # In a log file a line every half minute is enough.
         interval_s = 0.2 if sys.stderr.isatty() else 30.0
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": interval_s, "disable": None}
         with tqdm(total=sum(sizes), desc=name, **options) as bar:
             for index, result in self._engine.run(function, tasks):
                 results[index] = result
+                num_documents += count(result)
+                bar.set_postfix_str(f"{num_documents:,} documents", refresh=False)
                 bar.update(sizes[index])
         return results
 

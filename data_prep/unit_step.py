@@ -29,7 +29,6 @@ import xxhash
 from data_prep import chat, near_duplicates, publish
 from data_prep.clean import Cleaner, kind_of
 from data_prep.clean_config import CleanConfig
-from data_prep.decontaminate import Decontaminator
 from data_prep.dedup_config import DecontaminateConfig
 from data_prep.documents import BadLine, Document, Unit, read_unit
 from data_prep.encoders import Encoder, encoder_named
@@ -153,12 +152,6 @@ def read_summary(folder: Path) -> UnitSummary:
     return UnitSummary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
 
 
-@functools.lru_cache(maxsize=1)
-def decontaminator_of(config: DecontaminateConfig) -> Decontaminator | None:
-    """What finds texts of evaluation sets; None if none are named."""
-    return Decontaminator(config.paths, config.ngram, config.min_item_tokens) if config.paths else None
-
-
 class _Context:
     """What units of one recipe share: made once in each worker."""
 
@@ -169,7 +162,7 @@ class _Context:
         self.recipe = recipe
         self.cleaner = Cleaner(recipe.clean)
         self.sketch = near_duplicates.sketcher(recipe.near)
-        self.decontaminator = decontaminator_of(recipe.decontaminate)
+        self.decontaminator = recipe.decontaminate.load()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

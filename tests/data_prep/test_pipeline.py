@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import config_file, generations, work_area
+from data_prep import config_file, generations, preparation, unit_step, work_area
 from data_prep.checksums import read_checksum_header
 from data_prep.clean_config import CleanConfig
 from data_prep.dedup_config import DedupConfig
@@ -323,3 +324,73 @@ def test_the_installed_corpus_needs_no_paths(tmp_path: Path):
     text = "".join(texts_of(tmp_path / "data", manifest, "train"))
     assert 200_000 < len(text) < 300_000
     assert "import" in text
+
+
+def test_finished_units_of_a_broken_run_are_not_done_again(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "cut_shard", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(unit_step, "read_unit", fail)
+        patched.setattr(preparation, "train", fail)
+        prepare(config)
+    with monkeypatch.context() as patched:  # other settings are other units
+        patched.setattr(unit_step, "read_unit", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(
+                dataclasses.replace(config_for(tmp_path, overwrite=True), clean=CleanConfig(filters=("text.length",)))
+            )
+
+
+def test_another_filter_or_tokenizer_gives_another_result(config: PrepareConfig, tmp_path: Path):
+    first = prepare(config)
+    for change in (
+        {"clean": CleanConfig(min_characters=60, filters=("text.length",))},
+        {"tokenizer": TokenizerConfig(vocab_size=280)},
+    ):
+        output = dataclasses.replace(config.output, overwrite=True)
+        made = prepare(dataclasses.replace(config, output=output, **change))
+        assert made.shards != first.shards
+        assert sum(r.document_count for r in made.shards) == sum(len(text) >= 60 or "tokenizer" in change for text in TEXTS)
+
+
+BAD_LINES = {
+    "blank line": b"",
+    "invalid JSON": b'{"text": "cut sho',
+    "not a JSON object": b"5",
+    "no field": b'{"txt": "other field"}',
+    "null": b'{"text": null}',
+    "not a string": b'{"text": 17}',
+    "empty text": b'{"text": " "}',
+    "invalid UTF-8": b'{"text": "\xff\xfe latin"}',
+    "lone surrogate": b'{"text": "half \\ud83d of a pair"}',
+    "zero bytes": b'{"text": "a\x00b"}',
+}
+
+
+@pytest.mark.parametrize("unit_bytes", [400, 10**6])
+def test_bad_lines_of_ten_kinds_cost_exactly_themselves(tmp_path: Path, unit_bytes: int):
+    rng = random.Random(0)
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS] + [*BAD_LINES.values()] * 3
+    for name in ("a", "b", "c"):
+        rng.shuffle(lines)
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    engine = EngineConfig(num_workers=0, max_bad_fraction=0.2, unit_bytes=unit_bytes)
+    made = prepare(dataclasses.replace(config_for(tmp_path), engine=engine))
+    assert sum(record.document_count for record in made.shards) == len(TEXTS)  # of three files with the same texts
+    place = tmp_path / "data" / "generations" / "0000"
+    listed = [json.loads(line) for line in (place / "bad_lines.jsonl").read_text().splitlines()]
+    assert len(listed) == 3 * 3 * len(BAD_LINES)
+    assert len({item["reason"] for item in listed}) == len(BAD_LINES)
+    for item in listed:
+        raw = Path(item["path"]).read_bytes()
+        line = raw.split(b"\n")[item["line"] - 1]
+        assert line in BAD_LINES.values()
+        assert raw[item["place"] :].startswith(bytes.fromhex(item["head"]))
+        assert bytes.fromhex(item["head"]) == line

@@ -615,7 +615,7 @@ def test_damaged_checksums_are_found_and_made_anew_as_the_finding_says(tmp_path:
     code, output = resume("verify", run)
     assert code == BAD_DATA
     *findings, _ = output.splitlines()
-    remedy = f"make it anew with: python -m data_prep.checksums {data}"
+    remedy = f"make it anew with: python -m data_prep checksums {data}"
     assert sorted(line.split(": ")[0] for line in findings) == [str(path) for path in bad]
     assert all(line.endswith(remedy) for line in findings)
     assert checksums.main([str(data)]) == OK

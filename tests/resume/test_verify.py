@@ -251,7 +251,7 @@ def test_damaged_checksums_accuse_no_sample(files: list[DataFile]):
     content = bytearray(checksum_path(files[0].path).read_bytes())
     content[-1] ^= 1
     checksum_path(files[0].path).write_bytes(content)
-    with pytest.raises(ChecksumError, match=r"test-\d+\.xxh3: damaged.*python -m data_prep.checksums"):
+    with pytest.raises(ChecksumError, match=r"test-\d+\.xxh3: damaged.*python -m data_prep checksums"):
         damaged_samples(files[0])
 
 
