@@ -32,7 +32,7 @@ from data_prep.templates import Layout
 from data_prep.tokenizer import load_tokenizer
 from data_prep.unit_step import BATCH_CHARACTERS, BATCH_DOCUMENTS, Recipe, UnitTask, process_unit
 
-NOTHING_CLEANED = CleanConfig(filters=(), mask=(), remove_html=False)
+NOTHING_CLEANED = CleanConfig(filters=(), mask=(), normalise=False)
 NO_DEDUP = DedupConfig(exact=False, near="off")
 _LAYOUT = "text"
 
@@ -152,9 +152,12 @@ def _unit_step(job: Job, path: Path, kind: str, encoder: str, clean: CleanConfig
         tokenizer_file=job.tokenizer,
         tokenizer_digest=tokenizer.digest,
         eos_id=job.eos_id,
+        vocab_size=job.vocab_size,
+        marks=(),
         encoder=encoder,
         clean=clean,
         decontaminate=DecontaminateConfig(),
+        exact=near != "off",
         near=near,
         kind=kind,
     )

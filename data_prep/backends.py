@@ -1,5 +1,6 @@
 """The two tokenizer libraries behind one face: ids of texts, text of ids, and the bytes that each id stands for."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +28,11 @@ class Backend(Protocol):
     """What a tokenizer library must offer."""
 
     file_name: str
-    vocab_size: int
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id and one."""
+        ...
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, None if the vocabulary lacks it."""
@@ -58,15 +63,20 @@ class Backend(Protocol):
         ...
 
 
-def load_backend(raw: bytes, file_name: str) -> Backend:
+def load_backend(raw: bytes, file_name: str, *, is_known: bool = False) -> Backend:
     """Read the content of a tokenizer file: sentencepiece if its name ends in .model, else tokenizer.json.
+
+    is_known: the content was read before; a tokenizer.json, which takes 0.1 s, is then read when it is first used.
 
     Raises:
         TokenizerError: the content is not what the name says.
     """
     backend_type = _SentencePiece if file_name.endswith(".model") else _HuggingFace
     try:
-        return backend_type(raw)
+        backend = backend_type(raw)
+        if not is_known:
+            _ = backend.vocab_size
+        return backend
     except Exception as error:  # tokenizers raises nothing narrower
         raise TokenizerError(f"{file_name}: not a {backend_type.file_name}: {error}") from error
 
@@ -77,14 +87,26 @@ class _HuggingFace:
     file_name = JSON_FILE
 
     def __init__(self, raw: bytes) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        self._raw = raw
+
+    @property
+    def vocab_size(self) -> int:
+        return self._num_ids
+
+    @functools.cached_property
+    def _num_ids(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_buffer(self._raw)
         # Published files may carry a truncation length (often 512) and a padding: both would corrupt documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         # A text that contains "<|endoftext|>" talks about the token; it is not the token. The flag is not part of
         # the file, so it is set on every load.
-        self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)

@@ -97,6 +97,8 @@ class Cleaner:
 
     def normalise(self, text: str, kind: str = "prose") -> str:
         """The text in the form in which it is judged, compared and encoded."""
+        if not self.config.normalise:
+            return text if kind == "code" and not self.config.mask_code else self._masker(text)
         once = {"prose": self._normalise_prose, "code": self._normalise_code, "chat": self._normalise_chat}[kind]
         while (normal := once(text)) != text:
             text = normal
@@ -107,6 +109,8 @@ class Cleaner:
 
         num_turns: of a chat, for `chat.turns`.
         """
+        if not self._filters[kind]:
+            return None
         profile = self._look(text, kind, num_turns)
         for name, refuses in self._filters[kind]:
             if refuses(profile, self.config):
@@ -115,6 +119,8 @@ class Cleaner:
 
     def language(self, text: str, kind: str = "prose") -> str:
         """The language of a normalised text, one of language.LANGUAGES; cheap right after `judge` of the same text."""
+        if kind == "code":
+            return kind
         return self._look(text, kind, None).language
 
     def _look(self, text: str, kind: str, num_turns: int | None) -> Profile:

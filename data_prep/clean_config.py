@@ -98,6 +98,9 @@ class CleanConfig:
     """Rules that remove single lines of prose: c4.terminal_punctuation, c4.words_per_line, c4.javascript, c4.policy,
     refinedweb.numbers."""
 
+    normalise: bool = True
+    """Bring texts into one form before anything else (Unicode, line ends, control characters, white space). Off: they
+    are taken as they are, but for what is masked."""
     remove_html: bool = True
     """Decode entities and remove tags that an extractor left in prose."""
     remove_private_use: bool = False

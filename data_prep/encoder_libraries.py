@@ -73,10 +73,7 @@ class Version1(_Faster):
             raise UnfitError("reads only tokenizer.json")
         library = _load_version_1(ENCODER_FOLDER)
         super().__init__(f"tokenizers {library.__version__}", tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / JSON_FILE
-            file.write_bytes(tokenizer.content)
-            self._library_tokenizer = library.Tokenizer.from_file(file)
+        self._library_tokenizer = _version_1_tokenizer(tokenizer.content)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._library_tokenizer.encode_batch(
@@ -114,6 +111,14 @@ class Tiktoken(_Faster):
             return self._encoding.encode_to_numpy(composed, disallowed_special=())
         except ValueError:  # its regex engine gives up, for example, on a million spaces in a row
             return self._by_reference(text)
+
+
+@functools.lru_cache(maxsize=2)
+def _version_1_tokenizer(content: bytes) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / JSON_FILE
+        file.write_bytes(content)
+        return _load_version_1(ENCODER_FOLDER).Tokenizer.from_file(file)
 
 
 @functools.cache

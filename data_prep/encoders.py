@@ -16,7 +16,7 @@ from data_prep.tokenizer import Tokenizer
 
 SAMPLE_CHARACTERS = 256 * 1024
 """At most this much of a given sample is compared: the slowest library takes 0.1 s for it."""
-NUM_SPELLED_TOKENS = 8192
+NUM_SPELLED_TOKENS = 4096
 """At most so many of the vocabulary's tokens are compared as texts of their own, spread over the vocabulary."""
 SNIPPETS = (
     *("", " ", "   ", "\n", "\r\n", "\n\n ", "\t", "\x00", "\x1f", "\x85", "\u00a0", "\u200b", "\u2028", "\u3000"),

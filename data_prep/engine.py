@@ -26,6 +26,8 @@ IN_FLIGHT_PER_WORKER = 3
 """Tasks given out ahead: a slow one does not idle the others, and a scheduler never holds a million of them."""
 MAX_DEATHS = 3
 """Deaths of workers in a row, without a task finished between them, after which a run gives up."""
+MANY_TASKS = 64
+"""From here on, 2 GB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -39,8 +41,8 @@ class EngineConfig:
     """How to run; nothing here changes the result."""
 
     kind: Literal["auto", "inline", "pool", "dask"] = "auto"
-    """Where the work is done: this process, a pool of processes, or Dask. auto: Dask if it is installed and there is
-    work for more than one worker."""
+    """Where the work is done: this process, a pool of processes, or Dask. auto: this process for a single task, a pool
+    for few, which starts in half a second, and Dask, if it is installed, for many."""
     address: str | None = None
     """A running Dask scheduler, tcp://host:8786. Its workers must see input, work folder and output under the same
     paths, and have this project installed. Default: a cluster of processes on this machine."""
@@ -52,8 +54,8 @@ class EngineConfig:
     """Share of bad lines of a source above which the preparation stops; fewer are left out, counted and listed."""
     work_folder: str | None = None
     """Where finished pieces are kept until the end, so that a killed run goes on. Default: beside the output."""
-    unit_bytes: int = 32 * 1024 * 1024
-    """Input that one worker takes at a time. Memory grows with it."""
+    unit_bytes: int | None = None
+    """Input that one worker takes at a time. Default: a 256th of the input, between 4 and 64 MiB."""
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 0:
@@ -62,8 +64,12 @@ class EngineConfig:
             raise ConfigError(f"engine.max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]")
         if self.address is not None and self.kind not in ("auto", "dask"):
             raise ConfigError(f'engine.address is for Dask, engine.kind = "{self.kind}"; leave one of them out')
-        if self.unit_bytes < 1:
+        if self.unit_bytes is not None and self.unit_bytes < 1:
             raise ConfigError(f"engine.unit_bytes = {self.unit_bytes}: must be positive")
+
+    def range_bytes(self, input_bytes: int) -> int:
+        """unit_bytes, the default resolved; a function of the input alone, so that a killed run finds its units."""
+        return self.unit_bytes or min(max(input_bytes // 256, 4 * 1024**2), 64 * 1024**2)
 
     @property
     def workers(self) -> int:
@@ -156,7 +162,7 @@ def _resolved(config: EngineConfig, num_tasks: int) -> str:
         return "dask"
     if min(config.workers, num_tasks) <= 1:
         return "inline"
-    return "dask" if has_dask() else "pool"
+    return "dask" if num_tasks >= MANY_TASKS and has_dask() else "pool"
 
 
 def has_dask() -> bool:
@@ -173,12 +179,18 @@ def _worker_died() -> WorkerDiedError:
 
 
 def _pool(num_workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        num_workers,
-        # Not fork: training a tokenizer has started threads in this process, and a fork copies their locks.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_pool_worker,
-    )
+    # Not fork: training a tokenizer has started threads in this process, and a fork copies their locks. Workers are
+    # forked from a process that has only imported what they need, once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.unit_step"])
+    executor = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker)
+    for _ in range(num_workers):
+        executor.submit(_ready)  # they start now, while this process still has other things to do
+    return executor
+
+
+def _ready() -> None:
+    pass
 
 
 def _start_pool_worker() -> None:

@@ -91,8 +91,11 @@ class Profile:
         self.num_visible = sum(self.counts) - self.counts[language.SPACE] - self.counts[language.NONE]
         """Characters that are not white space."""
         self.num_letters = sum(self.counts[language.FIRST_LETTER : language.LAST_LETTER + 1])
-        self.lines = list(filter(None, map(str.strip, text.split("\n"))))
+
+    @cached_property
+    def lines(self) -> list[str]:
         """The lines that are not blank, without the white space around them."""
+        return list(filter(None, map(str.strip, self.text.split("\n"))))
 
     @cached_property
     def language(self) -> str:
@@ -331,7 +334,7 @@ def ellipsis_lines(text: Profile, config: CleanConfig) -> bool:
     """Many lines break off with an ellipsis."""
     if not text.num_ellipses:
         return False
-    num_broken = sum(line.endswith(("...", "…")) for line in text.lines)
+    num_broken = len([line for line in text.lines if line.endswith(("...", "…"))])
     return num_broken > config.max_ellipsis_line_share * len(text.lines)
 
 

@@ -59,12 +59,9 @@ def prepare(config: PrepareConfig) -> Manifest:
         return read_manifest(folder)
     work_folder = Path(config.engine.work_folder or f"{folder.resolve()}.work")
     with work_area.opened(work_folder) as area:
-        num_units_guess = max(sum(inputs[item].size_bytes for item in new) // config.engine.unit_bytes, 1)
-        with engine.started(config.engine, num_units_guess + 1) as running:
-            preparation = Preparation(
-                config, settings, {item: inputs[item] for item in new}, found, older, area, running
-            )
-            made = preparation.run(tokenizer)
+        preparation = Preparation(config, settings, {item: inputs[item] for item in new}, found, older, area)
+        with engine.started(config.engine, preparation.num_units) as running:
+            made = preparation.run(tokenizer, running)
         work_area.remove(area)
     print(report.next_command(folder))
     return made

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from data_prep import (
     unit_step,
 )
 from data_prep.clean import Cleaner
-from data_prep.corpus import InputFile
+from data_prep.corpus import InputFile, total_bytes
 from data_prep.cut import CutTask, Pieces, cut_shard, shard_pieces
 from data_prep.documents import InputError, Unit, plan_units
 from data_prep.encoders import fastest_encoder
@@ -43,7 +44,8 @@ from data_prep.train_tokenizer import train
 from data_prep.unit_step import Recipe, UnitTask, process_unit
 from data_prep.work_area import WorkArea
 
-PROOF_BYTES = 200_000
+SAMPLE_UNIT_BYTES = 8 * 1024 * 1024
+PROOF_BYTES = 100_000
 """Of the input, on which a fast encoder must agree with the tokenizer's own."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -77,16 +79,21 @@ class Preparation:
         found: Sequence[Source],
         older: Sequence[Generation],
         area: WorkArea,
-        engine: Engine,
     ) -> None:
         self._config, self._settings, self._inputs, self._older = config, settings, inputs, older
-        self._area, self._engine, self._sources = area, engine, found
+        self._area, self._sources = area, found
         self._folder = Path(config.output.folder)
         self._started_s = time.perf_counter()
-        self._units = _plan(found, inputs, range_bytes=config.engine.unit_bytes)
+        self._units = _plan(found, inputs, config.engine.range_bytes(total_bytes(inputs.values())))
 
-    def run(self, tokenizer: Tokenizer | None) -> Manifest:
-        """Do all steps; the data folder is as it was until the last."""
+    @property
+    def num_units(self) -> int:
+        """Tasks of the largest step."""
+        return len(self._units)
+
+    def run(self, tokenizer: Tokenizer | None, engine: Engine) -> Manifest:
+        """Do all steps on an engine; the data folder is as it was until the last."""
+        self._engine = engine
         if tokenizer is None or tokenizer.file is None:
             tokenizer = self._trained_tokenizer()
         units = self._process_units(tokenizer)
@@ -94,18 +101,21 @@ class Preparation:
         documents = reduce.load_documents(units)
         decided, pieces = self._decide(units, documents)
         stage = self._area.stage(_stage_key(units, decided, self._settings, len(self._older)))
-        shards = self._cut(stage, pieces, tokenizer)
         generation = generations.folder_of(stage, len(self._older))
         generation.mkdir(parents=True, exist_ok=True)
         generations.write_inputs(generation, self._settings, self._inputs)
-        generations.write_shards(generation, shards)
         near = self._config.dedup.near != "off"
-        generation_tables.write(generation, units, documents, decided, self._compared_with(), near)
+        with ThreadPoolExecutor(1) as beside:  # while the workers cut
+            tables = beside.submit(
+                generation_tables.write, generation, units, documents, decided, self._compared_with(), near
+            )
+            generations.write_shards(generation, self._cut(stage, pieces, tokenizer))
+            tables.result()
         content = summary.summarise(self._sources, units, documents, decided)
         publish.write_text(
             generation / generations.SUMMARY_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         )
-        made = self._publish(stage, generation, tokenizer, shards)
+        made = self._publish(stage, tokenizer)
         print(report.table(content, time.perf_counter() - self._started_s))
         if reasons := bad_lines.by_reason(units):
             place = generations.folder_of(self._folder, len(self._older)) / generations.BAD_LINES_FILE
@@ -131,7 +141,9 @@ class Preparation:
     def _sample(self, num_bytes: int) -> Iterator[str]:
         """Some of the input, but for what is held out."""
         return training_sample.texts(
-            [unit for _, unit in _plan(self._sources, self._inputs)],  # not those that engine.unit_bytes shapes
+            [
+                unit for _, unit in _plan(self._sources, self._inputs, SAMPLE_UNIT_BYTES)
+            ],  # whatever engine.unit_bytes is
             num_bytes,
             reduce.split_threshold(self._config.output.validation_fraction),
             Cleaner(self._config.clean),
@@ -150,9 +162,12 @@ class Preparation:
                 tokenizer_file=str(tokenizer.file),
                 tokenizer_digest=tokenizer.digest,
                 eos_id=tokenizer.eos_id,
+                vocab_size=tokenizer.vocab_size,
+                marks=unit_step.marks_of_turns(tokenizer),
                 encoder=encoder.name,
                 clean=self._config.clean,
                 decontaminate=self._config.decontaminate,
+                exact=self._config.dedup.exact,
                 near=self._config.dedup.near,
                 kind=source.config.kind,
             )
@@ -227,27 +242,25 @@ class Preparation:
         records = self._map("cut shards", cut_shard, tasks, sizes, count=lambda record: record.document_count)
         return list(zip(records, starts, strict=True))
 
-    def _publish(
-        self, stage: Path, generation: Path, tokenizer: Tokenizer, shards: Sequence[tuple[ShardRecord, int]]
-    ) -> Manifest:
+    def _publish(self, stage: Path, tokenizer: Tokenizer) -> Manifest:
         """The generation counts from the rename of its folder on; what is written after that follows from it."""
-        records = tuple(record for older in self._older for record, _ in older.shards)
+        (added,) = generations.read_generations(stage)
         made = Manifest(
             tokenizer_file=tokenizer.file_name,
             tokenizer_digest=tokenizer.digest,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             sample_tokens=self._config.output.sample_tokens,
-            shards=records + tuple(record for record, _ in shards),
+            shards=tuple(record for generation in (*self._older, added) for record, _ in generation.shards),
         )
         if self._older:
-            for record, _ in shards:
+            for record, _ in added.shards:
                 place = self._folder / record.file
                 place.parent.mkdir(exist_ok=True)
                 for path in (stage / record.file).parent.glob(f"{place.stem}.*"):
                     publish.publish(path, place.with_name(path.name))
-            publish.sync_folder(generation)
-            publish.publish(generation, self._folder / generations.FOLDER / generation.name)
+            publish.sync_folder(added.folder)
+            publish.publish(added.folder, self._folder / generations.FOLDER / added.folder.name)
             self._write_heads(self._folder, made)
         else:
             tokenizer.save(stage)
@@ -286,13 +299,16 @@ class Preparation:
         return results
 
 
-def _plan(found: Sequence[Source], inputs: Mapping[Input, InputFile], **sizes: int) -> list[tuple[Source, Unit]]:
+def _plan(found: Sequence[Source], inputs: Mapping[Input, InputFile], unit_bytes: int) -> list[tuple[Source, Unit]]:
     """The units of the input, in its order, each with its source."""
     return [
         (source, unit)
         for source in found
         for unit in plan_units(
-            [file for item, file in inputs.items() if item.source == source.name], source.layout, **sizes
+            [file for item, file in inputs.items() if item.source == source.name],
+            source.layout,
+            range_bytes=unit_bytes,
+            group_bytes=unit_bytes,
         )
     ]
 

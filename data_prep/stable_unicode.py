@@ -5,7 +5,6 @@ own. They agree on the characters of Unicode 3.2, whose properties are settled, 
 (emoji), which no rule of a tokenizer treats one by one. They disagree on some of the letters and marks that came later.
 """
 
-import functools
 import unicodedata
 
 import numpy as np
@@ -14,6 +13,8 @@ _FIRST_LATER = 0x220
 """No character before this one came after Unicode 3.2."""
 _FIRST_SELDOM = 0x40000
 """From here on come only planes that are empty or private; all of them count as later."""
+_UNKNOWN = 2
+_BLOCK = 256
 
 
 def has_later_letters(text: str) -> bool:
@@ -21,15 +22,22 @@ def has_later_letters(text: str) -> bool:
     if text.isascii():
         return False
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    return bool(_is_later()[codes[codes >= _FIRST_LATER]].any())
+    codes = codes[codes >= _FIRST_LATER]
+    found = _TABLE[codes]
+    if (found == _UNKNOWN).any():
+        for block in np.unique(codes[found == _UNKNOWN] // _BLOCK).tolist():
+            _fill(block)
+        found = _TABLE[codes]
+    return bool(found.any())
 
 
-@functools.cache
-def _is_later() -> np.ndarray:
-    # 0.04 s, when the first text needs it.
-    table = np.ones(0x110000, dtype=bool)
+def _fill(block: int) -> None:
     settled = unicodedata.ucd_3_2_0
-    for code in range(_FIRST_SELDOM):
+    for code in range(block * _BLOCK, (block + 1) * _BLOCK):
         character = chr(code)
-        table[code] = settled.category(character) == "Cn" and unicodedata.category(character)[0] not in "SP"
-    return table
+        is_later = settled.category(character) == "Cn" and unicodedata.category(character)[0] not in "SP"
+        _TABLE[code] = is_later or code >= _FIRST_SELDOM
+
+
+# Filled where texts have characters: all of it takes a tenth of a second.
+_TABLE = np.full(0x110000, _UNKNOWN, dtype=np.uint8)

@@ -29,9 +29,13 @@ class Tokenizer:
         self.file_name = backend.file_name
         """The name `save` gives it."""
         self.eos_id = eos_id
-        self.vocab_size = backend.vocab_size
         self.digest = xxhash.xxh3_128(raw + eos_id.to_bytes(4, "little")).hexdigest()
         """Stands for the tokenizer in shards and manifests: the content of its file, and the choice of EOS."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id and one."""
+        return self._backend.vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens; "<|endoftext|>" inside it is text like any other."""
@@ -120,11 +124,15 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(path: str | Path, eos_token: str | None = None, *, eos_id: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, eos_token: str | None = None, *, eos_id: int | None = None, is_known: bool = False
+) -> Tokenizer:
     """Load a tokenizer.json, a sentencepiece .model, or a folder with one of them (tokenizer.json first).
 
     The end-of-document token is eos_id or eos_token where given (a prepared data set records its eos_id), else the
     one a sentencepiece model declares, else the first of EOS_CANDIDATES in the vocabulary.
+
+    is_known: the file was loaded before, and is parsed when that is first needed; see `load_backend`.
 
     Raises:
         TokenizerError: no such file, not a tokenizer, or no end-of-document token.
@@ -134,7 +142,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None, *, eos_id: in
         raw = file.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{file}: cannot read the tokenizer ({error.strerror})") from error
-    backend = load_backend(raw, str(file))
+    backend = load_backend(raw, str(file), is_known=is_known)
     return Tokenizer(backend, raw, _find_eos(file, backend, eos_token) if eos_id is None else eos_id, file)
 
 

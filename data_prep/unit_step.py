@@ -65,9 +65,14 @@ class Recipe:
     tokenizer_file: str
     tokenizer_digest: str
     eos_id: int
+    vocab_size: int
+    marks: tuple[tuple[str, int], ...]
+    """Special tokens around the turns of a dialogue, with their ids; none if the vocabulary lacks them."""
     encoder: str
     clean: CleanConfig
     decontaminate: DecontaminateConfig
+    exact: bool
+    """Whether texts that differ in white space only count as the same."""
     near: str
     """How near-duplicates are sketched; see `near_duplicates`."""
     kind: str
@@ -115,7 +120,8 @@ def unit_key(unit: Unit, file_ids: Sequence[str], recipe_digest: str) -> str:
 def recipe_digest(recipe: Recipe) -> str:
     """What of a recipe shapes the result: not where the tokenizer lies, nor which encoder gives its ids."""
     context = _context(recipe)
-    parts = [recipe.tokenizer_digest, recipe.eos_id, context.cleaner.digest, near_duplicates.digest(recipe.near)]
+    parts = [recipe.tokenizer_digest, recipe.eos_id, context.cleaner.digest, recipe.exact]
+    parts.append(near_duplicates.digest(recipe.near))
     if context.decontaminator is not None:
         parts.append(context.decontaminator.digest)
     return f"{recipe.kind}-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode('utf-8'))}"
@@ -138,7 +144,8 @@ def process_unit(task: UnitTask) -> UnitSummary:
 def publish_result(temporary: Path, folder: Path) -> None:
     """Puts a finished folder in its place; one that another worker put there meanwhile is the same, and stays."""
     for path in temporary.iterdir():
-        _sync(path)
+        if path.stat().st_size:
+            _sync(path)
     publish.sync_folder(temporary)
     try:
         publish.publish(temporary, folder)
@@ -165,12 +172,9 @@ class _Context:
         self.decontaminator = recipe.decontaminate.load()
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.recipe.tokenizer_file, eos_id=self.recipe.eos_id)
-
-    @functools.cached_property
     def encoder(self) -> Encoder:
-        return encoder_named(self.tokenizer, self.recipe.encoder)
+        tokenizer = load_tokenizer(self.recipe.tokenizer_file, eos_id=self.recipe.eos_id, is_known=True)
+        return encoder_named(tokenizer, self.recipe.encoder)
 
 
 @functools.lru_cache(maxsize=8)
@@ -199,9 +203,8 @@ class _Pass:
         self._kinds = [
             kind_of(path, "prose") if task.recipe.kind == "auto" else task.recipe.kind for path in task.unit.paths
         ]
-        tokenizer = self._context.tokenizer
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-        self._marks = marks_of_turns(tokenizer)
+        self._dtype = np.dtype(token_dtype(task.recipe.vocab_size)).newbyteorder("<")
+        self._marks = {mark: np.array([token_id], dtype=np.uint32) for mark, token_id in task.recipe.marks}
         self._summary = UnitSummary()
         self._dropped, self._bad = Counter[str](), Counter[str]()
         self._languages = Counter[str]()
@@ -263,7 +266,7 @@ class _Pass:
             text = normalise(document.text, kind)
             return _Kept(document, text, [chat.Piece(text, False)], kind)
         turns = [chat.Turn(turn.role, normalise(turn.content, kind)) for turn in document.turns]
-        if self._marks is None:  # the vocabulary has no marks of turns: a dialogue is a text
+        if not self._marks:  # the vocabulary has no marks of turns: a dialogue is a text
             pieces = [chat.Piece("\n\n".join(f"{turn.role}: {turn.content}" for turn in turns), False)]
         else:
             pieces = list(chat.pieces(turns))
@@ -272,13 +275,13 @@ class _Pass:
     def _encode(self, batch: list[_Kept], tokens: BinaryIO, bad_lines: TextIO) -> None:
         texts = [piece.text for kept in batch for piece in kept.pieces if not piece.is_special]
         encoded = iter(self._context.encoder.encode_arrays(texts))
-        eos_id, vocab_size = self._recipe.eos_id, self._context.tokenizer.vocab_size
+        eos_id, vocab_size = self._recipe.eos_id, self._recipe.vocab_size
         eos = np.array([eos_id], dtype=np.uint32)
         good: list[_Kept] = []
         parts: list[np.ndarray] = []
         num_tokens: list[int] = []
         for kept in batch:
-            of_document = [self._marks[p.text] if p.is_special else next(encoded) for p in kept.pieces]  # pyright: ignore[reportOptionalSubscript]
+            of_document = [self._marks[p.text] if p.is_special else next(encoded) for p in kept.pieces]
             ids = of_document[0] if len(of_document) == 1 else np.concatenate(of_document)
             # Some published vocabularies spell their own EOS out of ordinary text; written so, it would end a document
             # in its middle.
@@ -298,14 +301,21 @@ class _Pass:
 
     def _record(self, good: list[_Kept], num_tokens: list[int]) -> None:
         records = np.zeros(len(good), dtype=DOCUMENT)
-        for record, kept in zip(records, good, strict=True):
-            document = kept.document
-            self._languages[kept.language] += 1
-            high, low = exact_hash(kept.text)
-            record["file"], record["line"], record["place"] = document.file, document.line, document.place
-            record["hash_high"], record["hash_low"] = high, low
-            record["text_bytes"], record["language"] = _utf8_bytes(kept.text), kept.language
-        records["num_tokens"] = num_tokens
+        hash_of = exact_hash if self._recipe.exact else _plain_hash
+        hashes = [hash_of(kept.text) for kept in good]
+        columns = {
+            "file": [kept.document.file for kept in good],
+            "line": [kept.document.line for kept in good],
+            "place": [kept.document.place for kept in good],
+            "hash_high": [high for high, _ in hashes],
+            "hash_low": [low for _, low in hashes],
+            "num_tokens": num_tokens,
+            "text_bytes": [_utf8_bytes(kept.text) for kept in good],
+            "language": [kept.language for kept in good],
+        }
+        for name, values in columns.items():
+            records[name] = values
+        self._languages.update(columns["language"])
         self._records.append(records)
         self._summary.num_documents += len(good)
         self._summary.num_tokens += sum(num_tokens)
@@ -334,12 +344,11 @@ class _Pass:
         bad_lines.write(json.dumps(where) + "\n")
 
 
-def marks_of_turns(tokenizer: Tokenizer) -> dict[str, np.ndarray] | None:
-    """Ids of the special tokens of `chat.pieces`; None if the vocabulary lacks one, or ends documents with it."""
-    found = {mark: tokenizer.special_id(mark) for mark in (chat.TURN_START, chat.TURN_END)}
-    if None in found.values() or tokenizer.eos_id in found.values():
-        return None
-    return {mark: np.array([token_id], dtype=np.uint32) for mark, token_id in found.items()}
+def marks_of_turns(tokenizer: Tokenizer) -> tuple[tuple[str, int], ...]:
+    """The special tokens of `chat.pieces` with ids; none if the vocabulary lacks one, or ends documents with it."""
+    marks = [(mark, tokenizer.special_id(mark)) for mark in (chat.TURN_START, chat.TURN_END)]
+    found = tuple((mark, token_id) for mark, token_id in marks if token_id not in (None, tokenizer.eos_id))
+    return found if len(found) == len(marks) else ()
 
 
 def _batches(items: Iterable[_Kept]) -> Iterator[list[_Kept]]:
@@ -353,6 +362,12 @@ def _batches(items: Iterable[_Kept]) -> Iterator[list[_Kept]]:
             batch, num_characters = [], 0
     if batch:
         yield batch
+
+
+def _plain_hash(text: str) -> tuple[int, int]:
+    """XXH3-128 of the text, (high, low): decides the split where nothing is compared."""
+    digest = xxhash.xxh3_128_intdigest(text.encode("utf-8"))
+    return digest >> 64, digest & 0xFFFFFFFFFFFFFFFF
 
 
 def _utf8_bytes(text: str) -> int:

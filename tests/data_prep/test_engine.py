@@ -90,18 +90,20 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_advice(kind: str):
         list(running.run(die, [0]))
 
 
-def test_an_automatic_engine_is_inline_for_one_task_and_parallel_for_more():
+def test_an_automatic_engine_is_inline_for_one_task_a_pool_for_few_and_dask_for_many():
     with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 1) as running:
         assert running.name == "this process"
     with engine.started(EngineConfig(num_workers=1), 9) as running:
         assert running.name == "this process"
-    with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 9) as running:
+    with engine.started(EngineConfig(num_workers=2), 9) as running:
+        assert running.name == "2 processes"
+    with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 99) as running:
         assert running.name.startswith("Dask, 2 workers, http://127.0.0.1:")
 
 
 def test_without_dask_a_pool_is_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "has_dask", lambda: False)
-    with engine.started(EngineConfig(num_workers=2), 9) as running:
+    with engine.started(EngineConfig(num_workers=2), 99) as running:
         assert running.name == "2 processes"
 
 

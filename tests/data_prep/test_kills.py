@@ -79,7 +79,7 @@ def is_a_worker(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-    return b"spawn_main" in command
+    return b"spawn_main" in command or b"forkserver" in command
 
 
 def end_whole_group(process: subprocess.Popen[bytes]) -> None:
