@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## From raw text to a trained, resumed and exported model, in
 	$(RUN) -m train.demo
 
 prepare-data: $(INSTALLED) ## Text to shards; CONFIG=configs/prepare-example.toml for your own data
-	$(RUN) -m data_prep.pipeline $(CONFIG)
+	$(RUN) -m data_prep prepare $(CONFIG)
 
 train: $(INSTALLED) ## Pretrain on GPUS=8 devices of this machine; CONFIG=configs/smoke.toml, ARGS="--section.key value"
 	$(VENV)/bin/torchrun --nproc_per_node=$(GPUS) train/pretrain.py $(CONFIG) $(ARGS)

@@ -8,8 +8,8 @@
                  corpus.json
 
 Code is Python sources of this installation, English the docstrings of other sources, Chinese the texts of Debian
-packages or a file of one's own. Texts are in the form that `data_prep.clean` gives to code, so that no way has anything
-to normalise, and none spells a special token, which some ways would take for the token.
+packages or a file of one's own. Texts are normalised as code is, so that no way has anything to normalise, and none
+spells a special token, which some ways would take for the token.
 """
 
 import ast
@@ -28,12 +28,13 @@ import xxhash
 
 from benchmarks.data_child import TOKENS, one_between
 from benchmarks.data_child import digest as stream_digest
-from data_prep import corpus, publish
-from data_prep.backends import JSON_FILE, load_backend
-from data_prep.clean import Cleaner
-from data_prep.clean_config import CleanConfig
-from data_prep.corpus import InputFile
-from data_prep.tokenizer import SPECIAL_TOKENS, train_bpe
+from data_prep import publish
+from data_prep.cleaning.clean import Cleaner
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.reading import corpus
+from data_prep.reading.corpus import InputFile
+from data_prep.tokenizing.backends import JSON_FILE, load_backend
+from data_prep.tokenizing.tokenizer import SPECIAL_TOKENS, train_bpe
 
 VERSION = 1
 NUM_PARTS = 8
@@ -126,12 +127,12 @@ def _chinese_file(folder: Path, chinese: str) -> tuple[Path | None, str]:
         return (None, "no Chinese was asked for") if chinese == "none" else (Path(chinese), "")
     place = folder / "debian-chinese"
     if not list(place.glob("*.jsonl")):
-        command = [sys.executable, "-m", "data_prep.debian_chinese", str(place)]
+        command = [sys.executable, "-m", "data_prep", "debian-chinese", str(place)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             shutil.rmtree(place, ignore_errors=True)
             said = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            return None, f"no Chinese: python -m data_prep.debian_chinese says {said}"
+            return None, f"no Chinese: python -m data_prep debian-chinese says {said}"
     return min(place.glob("*.jsonl")), ""
 
 

@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data_child import TOKENS, Finished, Job, Stream, Way, serve
-from data_prep import near_duplicates, pipeline
-from data_prep.clean import Cleaner
-from data_prep.clean_config import CleanConfig
-from data_prep.corpus import find_inputs
-from data_prep.dedup_config import DecontaminateConfig, DedupConfig
-from data_prep.documents import Document, plan_units, read_unit
-from data_prep.encoders import encoder_named, fastest_encoder
+from data_prep import pipeline
+from data_prep.cleaning.clean import Cleaner
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.duplicates import near_duplicates
+from data_prep.duplicates.dedup_config import DecontaminateConfig, DedupConfig
+from data_prep.duplicates.minhash import exact_hash
 from data_prep.engine import EngineConfig
 from data_prep.generations import DOCUMENTS_FILE, folder_of
-from data_prep.minhash import exact_hash
 from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from data_prep.reading.corpus import find_inputs
+from data_prep.reading.documents import Document, plan_units, read_unit
+from data_prep.reading.templates import Layout
 from data_prep.shards import HEADER_BYTES
-from data_prep.templates import Layout
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizing.encoders import encoder_named, fastest_encoder
+from data_prep.tokenizing.tokenizer import load_tokenizer
 from data_prep.unit_step import BATCH_CHARACTERS, BATCH_DOCUMENTS, Recipe, UnitTask, process_unit
 
 NOTHING_CLEANED = CleanConfig(filters=(), mask=(), normalise=False)

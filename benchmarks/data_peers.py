@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data_child import TOKENS, Finished, Job, Stream, Way, serve
-from data_prep.backends import load_backend
-from data_prep.byte_pairs import SPLIT_PATTERN
+from data_prep.tokenizing.backends import load_backend
+from data_prep.tokenizing.byte_pairs import SPLIT_PATTERN
 
 # TinyLlama's blocks of a chunk; Steel-LLM takes 200 times as many.
 _CHUNK_TOKENS = 2_049 * 1_024

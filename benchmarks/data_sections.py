@@ -158,7 +158,7 @@ class Bench:
     def default(self) -> dict[str, Any]:
         """The default corpus, by the command that a user types."""
         folder = self._folder / "default"
-        command = [sys.executable, "-m", "data_prep.pipeline", "--output.folder", str(folder)]
+        command = [sys.executable, "-m", "data_prep", "prepare", "--output.folder", str(folder)]
         command += ["--engine.num-workers", str(self._options.workers), *self._options.default_arguments]
         started_s = time.perf_counter()
         _, cpu_s, _ = data_child.measure(command)

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import minhash
-from data_prep.dedup import EXACT, KEPT, NEAR, SketchFiles, find_duplicates
+from data_prep.duplicates import minhash
+from data_prep.duplicates.dedup import EXACT, KEPT, NEAR, SketchFiles, find_duplicates
 
 COMMAND = "python -m benchmarks.dedup"
 UNIT_DOCUMENTS = 20_000

@@ -5,6 +5,7 @@ inspect            what a data folder holds, what became of a document, where a 
 checksums          the checksums of a data folder, made anew
 train-tokenizer    a tokenizer from text files
 tokenizer-report   tokenizers compared on texts
+train-ngrams       a model of character n-grams, for the perplexity filter
 debian-chinese     Chinese texts from the packages of a Debian machine
 """
 
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "prepare": "pipeline",
-    "inspect": "inspect_data",
+    "inspect": "looking.inspect_data",
     "checksums": "checksums",
-    "train-tokenizer": "train_tokenizer",
-    "tokenizer-report": "tokenizer_report",
-    "debian-chinese": "debian_chinese",
+    "train-tokenizer": "tokenizing.train_tokenizer",
+    "tokenizer-report": "tokenizing.tokenizer_report",
+    "train-ngrams": "cleaning.ngram_model",
+    "debian-chinese": "reading.debian_chinese",
 }
 """The module of data_prep that does each."""
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from data_prep import unit_step
-from data_prep.documents import InputError
 from data_prep.line_numbers import first_lines
+from data_prep.reading.documents import InputError
 from data_prep.reduce import FinishedUnit
 from data_prep.summary import read_lines
 

@@ -172,7 +172,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _remedy(shard: Path) -> str:
     return f"make it anew with: python -m data_prep checksums {shard.parent.parent}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

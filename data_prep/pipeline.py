@@ -1,4 +1,4 @@
-"""From raw text to a data folder: `python -m data_prep.pipeline [FILE.toml] [--section.key value ...]`.
+"""From raw text to a data folder: `python -m data_prep prepare [FILE.toml] [--section.key value ...]`.
 
     find files -> units -> [read, clean, filter, sketch, encode] per unit -> duplicates -> [cut] per shard -> publish
 
@@ -17,7 +17,7 @@ from data_prep.generations import Generation
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.preparation import Preparation, settings_of
 from data_prep.prepare_config import PrepareConfig
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 EXIT_BAD_DATA, EXIT_WORKER_DIED, EXIT_IO, EXIT_CONFIG, EXIT_INTERRUPTED = 65, 70, 74, 78, 130
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `prepare` from the command line; errors are one line on stderr and an exit code of sysexits.h."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        prog = "python -m data_prep.pipeline"
+        prog = "python -m data_prep prepare"
         prepare(config_file.parse(PrepareConfig, arguments, prog=prog, description=__doc__))
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG)
@@ -123,7 +123,3 @@ def _repair_manifest(folder: Path, older: Sequence[Generation]) -> None:
     records = tuple(record for generation in older for record, _ in generation.shards)
     if made.shards != records:
         manifest.write_manifest(folder, manifest.with_shards(made, records))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

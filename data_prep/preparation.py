@@ -22,25 +22,25 @@ from data_prep import (
     publish,
     reduce,
     report,
-    report_html,
     summary,
     training_sample,
     unit_step,
 )
-from data_prep.clean import Cleaner
-from data_prep.corpus import InputFile, total_bytes
+from data_prep.cleaning.clean import Cleaner
 from data_prep.cut import CutTask, Pieces, cut_shard, shard_pieces
-from data_prep.documents import InputError, Unit, plan_units
-from data_prep.encoders import fastest_encoder
 from data_prep.engine import Engine
 from data_prep.generations import Generation, Input
+from data_prep.looking import report_html
 from data_prep.manifest import Manifest, ShardRecord
 from data_prep.prepare_config import PrepareConfig
+from data_prep.reading.corpus import InputFile, total_bytes
+from data_prep.reading.documents import InputError, Unit, plan_units
 from data_prep.reduce import Decided, Documents, FinishedUnit
 from data_prep.shards import token_dtype
 from data_prep.sources import Source
-from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.train_tokenizer import train
+from data_prep.tokenizing.encoders import fastest_encoder
+from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizing.train_tokenizer import train
 from data_prep.unit_step import Recipe, UnitTask, process_unit
 from data_prep.work_area import WorkArea
 

@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_prep.clean_config import CleanConfig
+from data_prep.cleaning.clean_config import CleanConfig
 from data_prep.config_file import ConfigError
-from data_prep.dedup_config import DecontaminateConfig, DedupConfig
+from data_prep.duplicates.dedup_config import DecontaminateConfig, DedupConfig
 from data_prep.engine import EngineConfig
-from data_prep.templates import Layout
+from data_prep.reading.templates import Layout
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -21,8 +21,8 @@ class SourceConfig:
     """Files, patterns (** crosses folders) or URLs (s3://, hf://, https://). None given: the Python sources of this
     installation."""
     layout: str = "auto"
-    """How records are laid out: a name of `data_prep.templates` ("text", "messages", "sharegpt", "wikipedia", ...), or
-    a template such as "{title?}\\n{body}". auto: by the fields of a file's first record."""
+    """How records are laid out: a name ("text", "messages", "sharegpt", "wikipedia", ...; see
+    docs/data-preparation.md), or a template such as "{title?}\\n{body}". auto: by the fields of the first record."""
     text_field: str | None = None
     """Field of a JSON line, or column of a parquet file, that holds the text; dots lead inside: "meta.text"."""
     split: Literal["file", "lines", "paragraphs"] = "file"

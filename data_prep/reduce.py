@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import generations, near_duplicates, unit_step
+from data_prep import generations, unit_step
 from data_prep.cut import Pieces, merge_neighbours
-from data_prep.dedup import SketchFiles, Verdicts, find_duplicates
-from data_prep.dedup_config import DedupConfig
-from data_prep.documents import Unit
+from data_prep.duplicates import near_duplicates
+from data_prep.duplicates.dedup import SketchFiles, Verdicts, find_duplicates
+from data_prep.duplicates.dedup_config import DedupConfig
+from data_prep.reading.documents import Unit
 from data_prep.unit_step import UnitSummary
 
 TRAIN, VALIDATION = "train", "validation"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep import corpus, storage
-from data_prep.corpus import InputFile
-from data_prep.documents import InputError
 from data_prep.generations import Generation, Input
 from data_prep.prepare_config import PrepareConfig, SourceConfig
-from data_prep.templates import Layout
+from data_prep.reading import corpus, storage
+from data_prep.reading.corpus import InputFile
+from data_prep.reading.documents import InputError
+from data_prep.reading.templates import Layout
 
 
 class ChangedInputError(InputError):

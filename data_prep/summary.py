@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import unit_step
-from data_prep.dedup import EXACT, NEAR
+from data_prep.duplicates.dedup import EXACT, NEAR
 from data_prep.line_numbers import first_lines
 from data_prep.reduce import TRAIN, VALIDATION, Decided, Documents, FinishedUnit
 from data_prep.sources import Source

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import xxhash
 
-from data_prep.clean import Cleaner, kind_of
-from data_prep.documents import BadLine, Unit, read_unit
-from data_prep.minhash import exact_hash
+from data_prep.cleaning.clean import Cleaner, kind_of
+from data_prep.duplicates.minhash import exact_hash
+from data_prep.reading.documents import BadLine, Unit, read_unit
 
 
 def texts(units: Sequence[Unit], training_bytes: int, threshold: int, cleaner: Cleaner) -> Iterator[str]:

@@ -26,15 +26,17 @@ from typing import BinaryIO, TextIO
 import numpy as np
 import xxhash
 
-from data_prep import chat, near_duplicates, publish
-from data_prep.clean import Cleaner, kind_of
-from data_prep.clean_config import CleanConfig
-from data_prep.dedup_config import DecontaminateConfig
-from data_prep.documents import BadLine, Document, Unit, read_unit
-from data_prep.encoders import Encoder, encoder_named
-from data_prep.minhash import exact_hash
+from data_prep import publish
+from data_prep.cleaning.clean import Cleaner, kind_of
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.duplicates import near_duplicates
+from data_prep.duplicates.dedup_config import DecontaminateConfig
+from data_prep.duplicates.minhash import exact_hash
+from data_prep.reading import chat
+from data_prep.reading.documents import BadLine, Document, Unit, read_unit
 from data_prep.shards import token_dtype
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizing.encoders import Encoder, encoder_named
+from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 STEP_VERSION = 1
 """Raised when the same input and settings begin to give another result."""

@@ -16,7 +16,7 @@ import tyro
 from data_prep import publish
 
 if TYPE_CHECKING:
-    from data_prep.tokenizer import Tokenizer
+    from data_prep.tokenizing.tokenizer import Tokenizer
 
 # torch and the model are imported where they are used, so that --help is instant.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.config_file import from_table
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.convert import read_hugging_face
 from model.transformer import Transformer

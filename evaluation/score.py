@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE
 from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.batch import TokenRows, as_unsigned, collate, empty_rows, token_rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer
 
 
 class TextSample:

@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.checksums import write_checksums
 from data_prep.manifest import Manifest, record_shard, write_manifest
 from data_prep.shards import HEADER_BYTES, ShardWriter
-from data_prep.tokenizer import Tokenizer, train_bpe
+from data_prep.tokenizing.tokenizer import Tokenizer, train_bpe
 
 TEXTS = [f"def f{i}(x):\n    return x + {i * i}\n" * 3 for i in range(80)]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_prep.config_file import ConfigError, keys, load, to_toml
 from data_prep.manifest import Manifest, merged, read_manifest
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from evaluation.score import Score, padded_token_bytes, score, shard_batches
 from kernels import launch
 from kernels.attention import attention_by

@@ -36,7 +36,7 @@ def main() -> int:
     run, data = _folders()
     for folder in (run, data):
         shutil.rmtree(folder, ignore_errors=True)
-    _do(["-m", "data_prep.pipeline", DATA_CONFIG])
+    _do(["-m", "data_prep", "prepare", DATA_CONFIG])
     import torch
 
     pretrain = pretrain_command(torch.cuda.device_count())

@@ -70,7 +70,7 @@ def exit_code(error: BaseException) -> int:
     """The exit code that says what kind of error ended a run."""
     from data_prep.manifest import ManifestError
     from data_prep.shards import ShardError
-    from data_prep.tokenizer import TokenizerError
+    from data_prep.tokenizing.tokenizer import TokenizerError
     from kernels.launch import KernelError
     from model.convert import ConvertError
     from resume.checkpoint import CheckpointError, SaveError

@@ -14,7 +14,7 @@ from benchmarks.data_child import TOKENS, AbsentError, ChildError, Finished, Job
 from benchmarks.data_corpus import COPIES, EOS_ID, PAD_ID, Corpus, make_corpus, planted
 from benchmarks.data_report import Goal
 from benchmarks.data_size import installed_sizes
-from data_prep.corpus import InputFile
+from data_prep.reading.corpus import InputFile
 
 MODULES = ("argparse", "ast", "inspect", "typing", "subprocess", "threading", "logging", "shutil", "tarfile", "zipfile")
 CHINESE = "数据准备从原始文本开始，经过清洗、去重和编码，最后写成训练所用的文件。第{}条记录各不相同，序号是{}。"
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     files = [library / f"{name}.py" for name in (*MODULES, "csv", "glob", "heapq", "queue", "random", "string")]
     sources = [InputFile(path=str(p), name=p.name, size_bytes=p.stat().st_size) for p in files if p.exists()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.corpus.installed_python", lambda: sources)
+        patch.setattr("data_prep.reading.corpus.installed_python", lambda: sources)
         patch.setattr(data_corpus, "VOCAB_SIZE", 600)
         return make_corpus(folder / "corpus", 0.2, str(chinese))
 

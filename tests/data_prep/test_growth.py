@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import documents_table, generations, manifest, publish
-from data_prep.clean_config import CleanConfig
-from data_prep.dedup_config import DecontaminateConfig, DedupConfig
-from data_prep.documents import InputError
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.duplicates.dedup_config import DecontaminateConfig, DedupConfig
 from data_prep.engine import EngineConfig
 from data_prep.manifest import read_manifest
 from data_prep.pipeline import main, prepare
 from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from data_prep.reading.documents import InputError
 from data_prep.shards import open_tokens, verify_payload
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizing.tokenizer import load_tokenizer
 
 WORDS = [f"{a}{b}" for a in ("ba", "ko", "li", "mu", "ne", "ro", "si", "tu", "va", "wo") for b in "bcdfghjklm"]
 

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(place: Path, name: str, engine: str) -> subprocess.Popen[bytes]:
     flags = ["--output.folder", str(place / name), "--engine.kind", engine]
-    command = [sys.executable, "-m", "data_prep.pipeline", str(place / "run.toml"), *flags]
+    command = [sys.executable, "-m", "data_prep", "prepare", str(place / "run.toml"), *flags]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **quiet)
 
@@ -148,7 +148,7 @@ def test_twenty_kills_of_runs_and_twenty_of_workers(place: Path, engine: str):
 
 def test_an_interrupted_run_says_so_and_its_workers_end(place: Path):
     flags = ["--output.folder", str(place / "interrupted"), "--engine.kind", "pool"]
-    command = [sys.executable, "-m", "data_prep.pipeline", str(place / "run.toml"), *flags]
+    command = [sys.executable, "-m", "data_prep", "prepare", str(place / "run.toml"), *flags]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
     ) as process:

@@ -9,15 +9,15 @@ import pytest
 
 from data_prep import config_file, generations, preparation, unit_step, work_area
 from data_prep.checksums import read_checksum_header
-from data_prep.clean_config import CleanConfig
-from data_prep.dedup_config import DedupConfig
-from data_prep.documents import InputError
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.duplicates.dedup_config import DedupConfig
 from data_prep.engine import EngineConfig
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipeline import OutputError, main, prepare
 from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, TokenizerConfig
+from data_prep.reading.documents import InputError
 from data_prep.shards import open_tokens, read_header, verify_payload
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizing.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TEXTS = [f"text {i} 文字 " + "word " * (i % 11) + f"end {i}" for i in range(200)]

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from data_prep import training_sample
-from data_prep.clean import Cleaner
-from data_prep.clean_config import CleanConfig
-from data_prep.corpus import find_inputs
-from data_prep.documents import Unit, plan_units
-from data_prep.minhash import exact_hash
+from data_prep.cleaning.clean import Cleaner
+from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.duplicates.minhash import exact_hash
+from data_prep.reading.corpus import find_inputs
+from data_prep.reading.documents import Unit, plan_units
+from data_prep.reading.templates import Layout
 from data_prep.reduce import split_threshold
-from data_prep.templates import Layout
 
 CLEANER = Cleaner(CleanConfig(filters=()))
 NUM_FILES, TEXTS_PER_FILE = 20, 30

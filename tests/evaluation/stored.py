@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 
 from data_prep.config_file import to_toml
-from data_prep.tokenizer import Tokenizer, train_bpe
+from data_prep.tokenizing.tokenizer import Tokenizer, train_bpe
 from model.config import ModelConfig
 from tests.models import LLAMA, make_model
 from tests.records import save

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizing.tokenizer import load_tokenizer
 from evaluation import export
 from evaluation.model_folder import load_model
 from tests.evaluation.stored import TEXTS, byte_level_tokenizer, make_run, sentencepiece_file

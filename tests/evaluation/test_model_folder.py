@@ -5,7 +5,7 @@ import pytest
 import torch
 import xxhash
 
-from data_prep.tokenizer import TokenizerError
+from data_prep.tokenizing.tokenizer import TokenizerError
 from evaluation.model_folder import ModelFolderError, load_model, read_model
 from model.convert import ConvertError, write_hugging_face
 from resume.checkpoint import CheckpointError
