@@ -27,7 +27,7 @@ def _imported_distributions() -> set[str]:
     """Distributions of requirements.txt, or optional ones that are installed, that a module of data_prep imports."""
     distributions = metadata.packages_distributions()
     folder = Path(next(iter(data_prep.__path__)))
-    modules = {name for path in folder.glob("*.py") for name in _imports(path)}
+    modules = {name for path in folder.rglob("*.py") for name in _imports(path)}
     return {_normal(name) for module in modules for name in distributions.get(module, ())}
 
 

@@ -27,7 +27,7 @@ IN_FLIGHT_PER_WORKER = 3
 MAX_DEATHS = 3
 """Deaths of workers in a row, without a task finished between them, after which a run gives up."""
 MANY_TASKS = 64
-"""From here on, 2 GB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
+"""From here on, 256 MB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 

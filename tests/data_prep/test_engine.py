@@ -48,27 +48,16 @@ def config(kind: str) -> EngineConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_task_is_answered_once(kind: str):
+def test_every_task_is_answered_once_by_as_many_processes_as_were_asked_for(kind: str):
     with engine.started(config(kind), 50) as running:
         assert dict(running.run(square, range(50))) == {i: i * i for i in range(50)}
         assert dict(running.run(square, [])) == {}
-
-
-@pytest.mark.parametrize("kind", ["pool", "dask"])
-def test_the_work_is_done_by_as_many_processes_as_were_asked_for(kind: str):
-    with engine.started(config(kind), 30) as running:
         workers = {pid for _, pid in running.run(process_id, range(30))}
-    assert len(workers) == 2
-    assert os.getpid() not in workers
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_task_raises_is_raised(kind: str):
-    with (
-        engine.started(config(kind), 2) as running,
-        pytest.raises(ValueError, match="task 0 is refused"),
-    ):
-        list(running.run(refuse, [0]))
+        with pytest.raises(ValueError, match="task 0 is refused"):
+            list(running.run(refuse, [0]))
+        assert dict(running.run(square, [3])) == {0: 9}
+    assert len(workers) == (1 if kind == "inline" else 2)
+    assert (os.getpid() in workers) == (kind == "inline")
 
 
 @pytest.mark.parametrize("kind", ["pool", "dask"])

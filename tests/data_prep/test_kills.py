@@ -119,15 +119,13 @@ def run_with_kills_of_workers(place: Path, name: str, engine: str, rng: random.R
     return hits
 
 
-@pytest.mark.parametrize("engine", ["pool", "dask"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(place: Path, engine: str):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(place: Path, engine: str = "pool"):
     assert run_with_kills_of_everything(place, engine, engine, random.Random(engine), 2) >= 1
     assert digests(place / engine) == digests(place / "undisturbed")
     assert not (place / f"{engine}.work").exists()
 
 
-@pytest.mark.parametrize("engine", ["pool", "dask"])
-def test_a_killed_worker_neither_hangs_nor_fails_the_run(place: Path, engine: str):
+def test_a_killed_worker_neither_hangs_nor_fails_the_run(place: Path, engine: str = "dask"):
     name = f"{engine}-workers"
     assert run_with_kills_of_workers(place, name, engine, random.Random(engine), 1) == 1
     assert digests(place / name) == digests(place / "undisturbed")

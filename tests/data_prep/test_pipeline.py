@@ -98,7 +98,6 @@ def test_the_folder_holds_all_that_training_needs(config: PrepareConfig, tmp_pat
     "flags",
     [
         "--engine.kind pool --engine.num-workers 2 --engine.unit-bytes 900",
-        "--engine.kind dask --engine.num-workers 2 --engine.unit-bytes 2500 --engine.dashboard 127.0.0.1:0",
         "--engine.kind dask --engine.num-workers 4 --engine.unit-bytes 700 --engine.dashboard 127.0.0.1:0",
         "--engine.kind inline --engine.unit-bytes 300",
     ],

@@ -38,7 +38,11 @@ def trained(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.usefixtures("_interpreted")
-@pytest.mark.parametrize("model", [{}, {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, marks=pytest.mark.slow), {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True}],
+    ids=str,
+)
 def test_a_run_with_kernels_is_the_run_without_them_to_fp32_rounding(data: Path, tmp_path: Path, model: dict):
     short = {"num_steps": 4, "save_every": 4, "validate_every": 4}
     small = {"batch_sequences": 3, "micro_batch_sequences": 2, "validation_sequences": 2}
