@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A key or a value of a configuration is wrong; the message names it and the remedy."""
 
 
+class UnplacedError(ConfigError):
+    """A key is wrong that occurs in several sections; `load` puts the section's name before the message."""
+
+
 def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, description: str | None = None) -> Config:
     """Build a config from `[file.toml] [--section.key value ...]`: defaults, then the file, then the flags.
 
@@ -158,6 +162,8 @@ def _plain(value: Any) -> Any:
 def _checked(section: str, build: Any) -> Any:
     try:
         return build()
+    except UnplacedError as error:
+        raise ConfigError(f"{section}.{error}") from error
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

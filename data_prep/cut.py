@@ -66,9 +66,8 @@ def merge_neighbours(files: Sequence[str], file: np.ndarray, start: np.ndarray, 
     return Pieces(tuple(files), file[firsts], start[firsts], np.add.reduceat(length, firsts))
 
 
-def between(pieces: Pieces, first: int, stop: int) -> Pieces:
-    """The tokens first to stop of a stream, with only the files they need."""
-    ends = np.cumsum(pieces.length)
+def between(pieces: Pieces, ends: np.ndarray, first: int, stop: int) -> Pieces:
+    """The tokens first to stop of a stream, with only the files they need; ends are the places where its pieces end."""
     a, b = np.searchsorted(ends, [first, stop - 1], side="right")
     file, start, length = (x[a : b + 1].copy() for x in (pieces.file, pieces.start, pieces.length))
     length[-1] -= ends[b] - stop  # before the first piece is cut: it may be the last one, too
@@ -81,9 +80,11 @@ def between(pieces: Pieces, first: int, stop: int) -> Pieces:
 
 def shard_pieces(pieces: Pieces, shard_tokens: int) -> Iterator[tuple[Pieces, Pieces | None]]:
     """For each shard of a stream its tokens, and the token before them."""
-    for first in range(0, pieces.num_tokens, shard_tokens):
-        stop = min(first + shard_tokens, pieces.num_tokens)
-        yield between(pieces, first, stop), between(pieces, first - 1, first) if first else None
+    ends = np.cumsum(pieces.length)
+    num_tokens = pieces.num_tokens
+    for first in range(0, num_tokens, shard_tokens):
+        stop = min(first + shard_tokens, num_tokens)
+        yield between(pieces, ends, first, stop), between(pieces, ends, first - 1, first) if first else None
 
 
 def cut_shard(task: CutTask) -> ShardRecord:

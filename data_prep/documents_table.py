@@ -69,11 +69,18 @@ def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def kept_ids(path: Path) -> list[str]:
-    """Ids of the kept documents of a table, in its order: that of the rows of the generation's sketches."""
-    import pyarrow.compute as pc
+def kept_ids(path: Path, rows: np.ndarray) -> list[str]:
+    """Ids of some of the kept documents of a table, given by ascending numbers: those of the generation's sketches."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["path", "place", "verdict"])
-    table = table.filter(pc.field("verdict") == KEPT)
-    return [f"{p}#{place}" for p, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True)]
+    found: list[str] = []
+    first = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["path", "place", "verdict"]):
+            kept = np.flatnonzero(np.array(batch["verdict"].cast("string").to_pylist()) == KEPT)
+            here = kept[rows[(rows >= first) & (rows < first + kept.size)] - first]
+            taken = batch.take(here)
+            pairs = zip(taken["path"].to_pylist(), taken["place"].to_pylist(), strict=True)
+            found += [f"{name}#{place}" for name, place in pairs]
+            first += kept.size
+    return found

@@ -13,9 +13,9 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -24,8 +24,9 @@ from data_prep.config_file import ConfigError
 
 IN_FLIGHT_PER_WORKER = 3
 """Tasks given out ahead: a slow one does not idle the others, and a scheduler never holds a million of them."""
+MIN_IN_FLIGHT_OF_DASK = 512
 MAX_DEATHS = 3
-"""Deaths of workers in a row, without a task finished between them, after which a run gives up."""
+"""Of workers while one task was given out, after which a run gives up on it."""
 MANY_TASKS = 64
 """From here on, 256 MB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
 Task = TypeVar("Task")
@@ -53,7 +54,8 @@ class EngineConfig:
     max_bad_fraction: float = 0.01
     """Share of bad lines of a source above which the preparation stops; fewer are left out, counted and listed."""
     work_folder: str | None = None
-    """Where finished pieces are kept until the end, so that a killed run goes on. Default: beside the output."""
+    """Below it the results of units are kept until the end, so that a killed run goes on. Default: beside the
+    output."""
     unit_bytes: int | None = None
     """Input that one worker takes at a time. Default: a 256th of the input, between 4 and 64 MiB."""
 
@@ -80,10 +82,10 @@ class EngineConfig:
 class Engine:
     """Where tasks run. Made by `started`."""
 
-    def __init__(self, name: str, num_workers: int, executor: Callable[[], Executor] | None) -> None:
+    def __init__(self, name: str, max_in_flight: int, executor: Callable[[], Executor] | None) -> None:
         self.name = name
         """For the log: what runs the tasks."""
-        self._num_workers, self._new_executor = num_workers, executor
+        self._max_in_flight, self._new_executor = max_in_flight, executor
         self._executor = executor() if executor is not None else None
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
@@ -95,25 +97,24 @@ class Engine:
         if self._executor is None:
             yield from ((index, function(task)) for index, task in enumerate(tasks))
             return
-        todo, num_deaths = deque(enumerate(tasks)), 0
+        todo, num_deaths = deque(enumerate(tasks)), Counter[int]()
         running: dict[Future[Result], tuple[int, Task]] = {}
         while todo or running:
             try:
-                while todo and len(running) < IN_FLIGHT_PER_WORKER * self._num_workers:
+                while todo and len(running) < self._max_in_flight:
                     running[self._executor.submit(function, todo[0][1])] = todo[0]
                     todo.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
                     yield running.pop(future)[0], result
-                    num_deaths = 0
             except BrokenProcessPool as error:
-                num_deaths += 1
-                if num_deaths == MAX_DEATHS:
+                num_deaths.update(index for index, _ in running.values())
+                if num_deaths.most_common(1)[0][1] >= MAX_DEATHS:
                     raise _worker_died() from error
                 todo.extendleft(running.values())
                 running.clear()
                 self._restart()
-            except _killed_worker_error() as error:
+            except (_killed_worker_error(), CancelledError) as error:
                 raise _worker_died() from error
 
     def close(self) -> None:
@@ -139,15 +140,17 @@ def started(config: EngineConfig, num_tasks: int) -> Iterator[Engine]:
         yield Engine("this process", 1, None)
     elif kind == "pool":
         num_workers = min(config.workers, max(num_tasks, 1))
-        engine = Engine(f"{num_workers} processes", num_workers, lambda: _pool(num_workers))
+        engine = Engine(f"{num_workers} processes", IN_FLIGHT_PER_WORKER * num_workers, lambda: _pool(num_workers))
         try:
             yield engine
         finally:
             engine.close()
     else:
         with _dask_client(config, num_tasks) as client:
-            num_workers = len(client.scheduler_info(n_workers=-1)["workers"]) or config.workers
-            yield Engine(f"Dask, {num_workers} workers, {client.dashboard_link}", num_workers, client.get_executor)
+            num_workers = len(client.scheduler_info(n_workers=-1)["workers"])
+            # A cluster may grow meanwhile.
+            max_in_flight = max(IN_FLIGHT_PER_WORKER * num_workers, MIN_IN_FLIGHT_OF_DASK)
+            yield Engine(f"Dask, {num_workers} workers, {client.dashboard_link}", max_in_flight, client.get_executor)
 
 
 def default_workers() -> int:

@@ -12,7 +12,7 @@ from data_prep import documents_table, generations, unit_step
 from data_prep.documents_table import EXACT_DUPLICATE, KEPT, NEAR_DUPLICATE, DocumentsWriter
 from data_prep.line_numbers import first_lines
 from data_prep.reduce import TRAIN, VALIDATION, Decided, Documents, FinishedUnit
-from data_prep.summary import read_lines
+from data_prep.summary import in_order, read_lines
 
 _VERDICTS = (KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE)
 
@@ -35,7 +35,7 @@ def write(
             table.add(_rows(unit, lines_before[index], rows, documents, decided, id_of))
     with (generation / generations.BAD_LINES_FILE).open("w", encoding="utf-8") as file:
         for unit, before in zip(units, lines_before, strict=True):
-            for item in sorted(read_lines(unit.folder / unit_step.BAD_LINES_FILE), key=lambda item: item["line"]):
+            for item in in_order(unit.folder / unit_step.BAD_LINES_FILE):
                 where = {"path": unit.unit.paths[item["file"]], "line": item["line"] + before}
                 where |= {"place": item["place"], "reason": item["reason"], "head": item["head"]}
                 file.write(json.dumps(where, ensure_ascii=False) + "\n")
@@ -52,16 +52,17 @@ def _write_arrays(
     ends = np.searchsorted(documents.unit, np.arange(len(units) + 1))
     names = ((generations.BANDS_FILE, unit_step.BANDS_FILE, 1), (generations.SKETCH_FILE, unit_step.SKETCH_FILE, 0))
     for name, unit_name, axis in names:
-        arrays = [np.load(unit.folder / unit_name, mmap_mode="r") for unit in units]
-        shape = list(arrays[0].shape)
+        first = np.load(units[0].folder / unit_name, mmap_mode="r")
+        shape = list(first.shape)
         shape[axis] = int(kept.sum())
         # Filled in place on disk: the sketches of a large corpus do not fit into memory.
-        out = np.lib.format.open_memmap(generation / name, mode="w+", dtype=arrays[0].dtype, shape=tuple(shape))
+        out = np.lib.format.open_memmap(generation / name, mode="w+", dtype=first.dtype, shape=tuple(shape))
         at = 0
-        for index, array in enumerate(arrays):
+        for index, unit in enumerate(units):
             rows = np.flatnonzero(kept[ends[index] : ends[index + 1]])
             target = (slice(None), slice(at, at + rows.size)) if axis else slice(at, at + rows.size)
-            out[target] = array.take(rows, axis=axis)
+            # One at a time: each open file takes a descriptor, of which there are often a thousand.
+            out[target] = np.load(unit.folder / unit_name, mmap_mode="r").take(rows, axis=axis)
             at += rows.size
         out.flush()
 
@@ -122,21 +123,34 @@ def _ids(
     units: Sequence[FinishedUnit], documents: Documents, decided: Decided, older: Sequence[Path]
 ) -> Callable[[int], str]:
     """Ids of rows as verdicts count them: kept documents of older generations, then those of this one."""
-    older_ids: list[str] = []
-    if decided.verdicts.duplicate_of.size and (decided.verdicts.duplicate_of >= 0).any():
-        for folder in older:
-            older_ids += documents_table.kept_ids(folder / generations.DOCUMENTS_FILE)
+    num_older = sum(len(np.load(folder / generations.HASHES_FILE, mmap_mode="r")) for folder in older)
+    named = np.unique(decided.verdicts.duplicate_of)
+    older_ids = _older_ids(older, named[(named >= 0) & (named < num_older)])
     first_row = np.searchsorted(documents.unit, np.arange(len(units)))
 
     def id_of(row: int) -> str:
-        if row < len(older_ids):
+        if row < num_older:
             return older_ids[row]
-        row -= len(older_ids)
+        row -= num_older
         unit = int(documents.unit[row])
         record = _records(units[unit].folder)[row - int(first_row[unit])]
         return f"{units[unit].unit.paths[int(record['file'])]}#{int(record['place'])}"
 
     return id_of
+
+
+def _older_ids(older: Sequence[Path], rows: np.ndarray) -> dict[int, str]:
+    """Ids of some rows of older generations; only those are read into memory."""
+    found: dict[int, str] = {}
+    first = 0
+    for folder in older:
+        num_rows = len(np.load(folder / generations.HASHES_FILE, mmap_mode="r"))
+        own = rows[(rows >= first) & (rows < first + num_rows)]
+        if own.size:
+            ids = documents_table.kept_ids(folder / generations.DOCUMENTS_FILE, own - first)
+            found.update(zip(own.tolist(), ids, strict=True))
+        first += num_rows
+    return found
 
 
 @functools.lru_cache(maxsize=64)

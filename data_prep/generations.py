@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_prep import publish
 from data_prep.manifest import ShardRecord
 
@@ -27,6 +25,10 @@ FOLDER = "generations"
 INPUTS_FILE, SHARDS_FILE, DOCUMENTS_FILE = "inputs.json", "shards.json", "documents.parquet"
 HASHES_FILE, BANDS_FILE, SKETCH_FILE = "hashes.npy", "bands.npy", "sketch.npy"
 BAD_LINES_FILE, SUMMARY_FILE = "bad_lines.jsonl", "summary.json"
+
+
+SOURCE = "source "
+"""Begins the names of settings that belong to one source."""
 
 
 class GenerationError(ValueError):
@@ -81,14 +83,11 @@ def write_shards(generation: Path, shards: Sequence[tuple[ShardRecord, int]]) ->
     publish.write_text(generation / SHARDS_FILE, json.dumps(table, indent=1) + "\n")
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """One string that stands for settings."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode("utf-8"))
-
-
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The settings that differ, in words."""
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    """The settings that differ, in words. Sources may come and go; those that both have must be read alike."""
+    both = {**old, **new}
+    names = [name for name in both if not name.startswith(SOURCE) or (name in old and name in new)]
+    changed = [name for name in names if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
 
 
@@ -101,7 +100,7 @@ def _read(folder: Path) -> Generation:
             tuple(Input(*item) for item in inputs["files"]),
             tuple((ShardRecord(**item), start) for item in shards if (start := item.pop("stream_start")) is not None),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GenerationError(
             f"{folder}: {INPUTS_FILE} or {SHARDS_FILE} is not as written ({error}); restore it"
         ) from error

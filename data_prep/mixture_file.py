@@ -13,20 +13,25 @@ _HEAD = (
 )
 
 
-def write(place: Path, folder: Path, manifest: Manifest, config: PrepareConfig) -> None:
-    """Write it into place, a data folder that will be known as folder; nothing if there is one source, unweighted."""
+def write(folder: Path, config: PrepareConfig, manifest: Manifest) -> bool:
+    """Write it if there are several sources, or limits; returns whether that changed anything."""
     tokens: dict[str, int] = {}
     for shard in manifest.shards:
         if shard.split == "train":
             tokens[shard.source] = tokens.get(shard.source, 0) + shard.token_count - 1
-    schedule = mixture(config, tokens)
-    limits = [f"{name}={s.max_epochs}" for name, s in config.sources.items() if s.max_epochs is not None]
+    limits = [f"{name}={s.max_epochs}" for name, s in config.sources.items() if s.max_epochs and name in tokens]
     if len(tokens) < 2 and not limits:
-        return
-    lines = ["[data]", f"paths = {json.dumps([str(folder)])}", f"mixture = {json.dumps(schedule)}"]
+        return False
+    paths, schedule = [config.output.folder], mixture(config, tokens)
+    lines = ["[data]", f"paths = {json.dumps(paths)}", f"mixture = {json.dumps(schedule)}"]
     if limits:
         lines.append(f"max_epochs = {json.dumps(limits)}")
-    publish.write_text(place / MIXTURE_FILE, _HEAD + "\n".join(lines) + "\n")
+    text = _HEAD + "\n".join(lines) + "\n"
+    path = folder / MIXTURE_FILE
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    publish.write_text(path, text)
+    return True
 
 
 def mixture(config: PrepareConfig, tokens: dict[str, int]) -> list[str]:
@@ -36,12 +41,8 @@ def mixture(config: PrepareConfig, tokens: dict[str, int]) -> list[str]:
     """
     if config.output.mixture:
         return list(config.output.mixture)
-    given = {name: weight for name in tokens if (weight := _weight(config, name)) is not None}
+    given = {name: s.weight for name in tokens if (s := config.sources.get(name)) is not None and s.weight is not None}
     rest = {name: count for name, count in tokens.items() if name not in given}
-    left = max(1 - sum(given.values()), 0) if given else 1.0
+    left = 1 - sum(given.values())
     weights = given | {name: left * count / sum(rest.values()) for name, count in rest.items()}
     return [" ".join(f"{name}={weights[name]:.6g}" for name in tokens)]
-
-
-def _weight(config: PrepareConfig, name: str) -> float | None:
-    return config.sources[name].weight if name in config.sources else None

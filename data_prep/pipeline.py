@@ -9,15 +9,18 @@ is new as further shards and leaves every earlier file as it is. A run that is k
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from data_prep import config_file, engine, generations, manifest, report, sources, work_area
+from data_prep import config_file, engine, generations, heads, manifest, report, sources, work_area
 from data_prep.config_file import ConfigError
 from data_prep.engine import WorkerDiedError
 from data_prep.generations import Generation
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.preparation import Preparation, settings_of
 from data_prep.prepare_config import PrepareConfig
+from data_prep.sources import Source
 from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from data_prep.work_area import WorkArea
 
 EXIT_BAD_DATA, EXIT_WORKER_DIED, EXIT_IO, EXIT_CONFIG, EXIT_INTERRUPTED = 65, 70, 74, 78, 130
 
@@ -33,38 +36,36 @@ def prepare(config: PrepareConfig) -> Manifest:
         ConfigError, InputError, OutputError, TokenizerError, WorkAreaError: the data folder is as it was.
         WorkerDiedError: worker processes died again and again; the data folder is as it was.
     """
-    folder = Path(config.output.folder)
-    older = _older_generations(folder, config.output.overwrite)
-    tokenizer = _given_tokenizer(config, folder if older else None)
     found = sources.find_sources(config)
-    settings = settings_of(config, found, tokenizer if config.tokenizer.path is not None else None)
-    if older and (difference := generations.difference(older[-1].settings, settings)):
-        if not config.output.overwrite:
-            raise OutputError(
-                f"{folder}: already holds a data set, and its configuration differs: {difference}. "
-                "Choose another --output.folder, or replace it with --output.overwrite True"
-            )
-        older, tokenizer = [], _given_tokenizer(config, None)
+    folder = Path(config.output.folder).resolve()
+    # All that follows under the lock: what the folder holds must not change while something is added to it.
+    with work_area.opened(folder, config.engine.work_folder) as area:
+        made = _prepare(config, folder, found, area)
+        area.clear()
+    print(report.next_command(Path(config.output.folder)))
+    return made
+
+
+def _prepare(config: PrepareConfig, folder: Path, found: list[Source], area: WorkArea) -> Manifest:
+    older = _older_generations(folder, config.output.overwrite)
+    given = _given_tokenizer(config)
+    settings = settings_of(config, found, given)
     inputs = sources.identify(found)
     try:
-        new = sources.new_inputs(list(inputs), str(folder), older)
-    except sources.ChangedInputError:
+        _check_settings(config, older, settings)
+        new = sources.new_inputs(list(inputs), config.output.folder, older)
+    except (OutputError, sources.ChangedInputError):
         if not config.output.overwrite:
             raise
-        older, tokenizer, new = [], _given_tokenizer(config, None), list(inputs)
+        older, new = [], list(inputs)
     if older and not new:
-        _repair_manifest(folder, older)
-        print(f"{folder}: already prepared from the same input with the same configuration; nothing was written")
-        print(report.next_command(folder))
+        changed = heads.complete(folder, config, older)
+        print(f"{config.output.folder}: already prepared from the same input with the same configuration; {changed}")
         return read_manifest(folder)
-    work_folder = Path(config.engine.work_folder or f"{folder.resolve()}.work")
-    with work_area.opened(work_folder) as area:
-        preparation = Preparation(config, settings, {item: inputs[item] for item in new}, found, older, area)
-        with engine.started(config.engine, preparation.num_units) as running:
-            made = preparation.run(tokenizer, running)
-        work_area.remove(area)
-    print(report.next_command(folder))
-    return made
+    tokenizer = _prepared_tokenizer(folder) if older and given is None else given
+    preparation = Preparation(config, settings, {item: inputs[item] for item in new}, found, older, area)
+    with engine.started(config.engine, preparation.num_units) as running:
+        return preparation.run(tokenizer, running)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,19 +108,28 @@ def _older_generations(folder: Path, overwrite: bool) -> list[Generation]:
     return found
 
 
-def _given_tokenizer(config: PrepareConfig, prepared: Path | None) -> Tokenizer | None:
-    """The tokenizer that is there before the preparation: the configuration's, or that of a folder to add to."""
-    if config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer.path, config.tokenizer.eos_token)
-    if prepared is None:
+def _check_settings(config: PrepareConfig, older: Sequence[Generation], settings: dict[str, Any]) -> None:
+    difference = generations.difference(older[-1].settings, settings) if older else ""
+    if difference:
+        raise OutputError(
+            f"{config.output.folder}: already holds a data set, and its configuration differs: {difference}. "
+            "Choose another --output.folder, or replace it with --output.overwrite True"
+        )
+
+
+def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    if config.tokenizer.path is None:
         return None
-    made = read_manifest(prepared)
-    return load_tokenizer(prepared / made.tokenizer_file, eos_id=made.eos_id)
+    return load_tokenizer(config.tokenizer.path, config.tokenizer.eos_token)
 
 
-def _repair_manifest(folder: Path, older: Sequence[Generation]) -> None:
-    """A run that was killed between its last two renames left a manifest that lacks its shards."""
+def _prepared_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that made the shards of a data folder."""
     made = read_manifest(folder)
-    records = tuple(record for generation in older for record, _ in generation.shards)
-    if made.shards != records:
-        manifest.write_manifest(folder, manifest.with_shards(made, records))
+    tokenizer = load_tokenizer(folder / made.tokenizer_file, eos_id=made.eos_id)
+    if tokenizer.digest != made.tokenizer_digest:
+        raise OutputError(
+            f"{folder / made.tokenizer_file}: not the tokenizer that made the shards (digest {tokenizer.digest}, the "
+            f"manifest has {made.tokenizer_digest}); restore it, or make the data set anew with --output.overwrite True"
+        )
+    return tokenizer

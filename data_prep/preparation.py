@@ -1,5 +1,7 @@
 """The steps of one preparation, from found files to a published generation."""
 
+import dataclasses
+import functools
 import json
 import sys
 import time
@@ -14,11 +16,9 @@ from tqdm import tqdm
 
 from data_prep import (
     bad_lines,
-    config_file,
     generation_tables,
     generations,
-    manifest,
-    mixture_file,
+    heads,
     publish,
     reduce,
     report,
@@ -27,28 +27,33 @@ from data_prep import (
     unit_step,
 )
 from data_prep.cleaning.clean import Cleaner
+from data_prep.config_file import ConfigError
 from data_prep.cut import CutTask, Pieces, cut_shard, shard_pieces
 from data_prep.engine import Engine
 from data_prep.generations import Generation, Input
-from data_prep.looking import report_html
 from data_prep.manifest import Manifest, ShardRecord
 from data_prep.prepare_config import PrepareConfig
 from data_prep.reading.corpus import InputFile, total_bytes
 from data_prep.reading.documents import InputError, Unit, plan_units
 from data_prep.reduce import Decided, Documents, FinishedUnit
 from data_prep.shards import token_dtype
-from data_prep.sources import Source
+from data_prep.sources import Source, absolute
+from data_prep.tokenizing.backends import TokenizerError
 from data_prep.tokenizing.encoders import fastest_encoder
+from data_prep.tokenizing.spelling import lost_characters
 from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from data_prep.tokenizing.train_tokenizer import train
-from data_prep.unit_step import Recipe, UnitTask, process_unit
+from data_prep.unit_step import Recipe, UnitSummary, UnitTask, process_unit
 from data_prep.work_area import WorkArea
 
+MAX_LOST_FRACTION = 0.01
+"""Of the input's characters, that a tokenizer may not know."""
 SAMPLE_UNIT_BYTES = 8 * 1024 * 1024
 PROOF_BYTES = 100_000
 """Of the input, on which a fast encoder must agree with the tokenizer's own."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Finished = TypeVar("Finished")
 
 
 def settings_of(config: PrepareConfig, found: Sequence[Source], given: Tokenizer | None) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def settings_of(config: PrepareConfig, found: Sequence[Source], given: Tokenizer
         "output.shard_tokens": config.output.shard_tokens,
         "output.sample_tokens": config.output.sample_tokens,
         "output.validation_fraction": config.output.validation_fraction,
-        **{f"source {source.name}": [repr(source.layout), source.config.kind] for source in found},
+        **{f"{generations.SOURCE}{source.name}": [repr(source.layout), source.config.kind] for source in found},
     }
 
 
@@ -82,8 +87,9 @@ class Preparation:
     ) -> None:
         self._config, self._settings, self._inputs, self._older = config, settings, inputs, older
         self._area, self._sources = area, found
-        self._folder = Path(config.output.folder)
+        self._folder = Path(config.output.folder).resolve()
         self._started_s = time.perf_counter()
+        self._others = _generations_against(config)
         self._units = _plan(found, inputs, config.engine.range_bytes(total_bytes(inputs.values())))
 
     @property
@@ -98,6 +104,8 @@ class Preparation:
             tokenizer = self._trained_tokenizer()
         units = self._process_units(tokenizer)
         bad_lines.check(units, self._config.engine.max_bad_fraction)
+        if not self._older:
+            bad_lines.check_documents(units)
         documents = reduce.load_documents(units)
         decided, pieces = self._decide(units, documents)
         stage = self._area.stage(_stage_key(units, decided, self._settings, len(self._older)))
@@ -129,7 +137,7 @@ class Preparation:
         folder = self._area.tokenizer(xxhash.xxh3_128_hexdigest(json.dumps(content).encode("utf-8")))
         if not folder.is_dir():
             started_s = time.perf_counter()
-            trained = train(self._sample(config.training_bytes), config.algorithm, config.vocab_size)
+            trained = train(self._training_texts(), config.algorithm, config.vocab_size)
             temporary = publish.temporary_beside(folder)
             temporary.mkdir()
             trained.save(temporary)
@@ -138,35 +146,54 @@ class Preparation:
             print(f"trained a {config.algorithm} tokenizer of {trained.vocab_size:,} tokens in {elapsed_s:.1f} s")
         return load_tokenizer(folder)
 
-    def _sample(self, num_bytes: int) -> Iterator[str]:
+    def _training_texts(self) -> Iterator[str]:
+        num_bytes = self._config.tokenizer.training_bytes
+        if next(self._sample(1), None) is not None:
+            return self._sample(num_bytes)
+        # All is held out, which is told when it is counted; or nothing can be used.
+        if next(self._sample(1, with_held_out=True), None) is not None:
+            return self._sample(num_bytes, with_held_out=True)
+        raise InputError(f"the input has no documents; nothing was written{bad_lines.of_beginning(self._units)}")
+
+    def _sample(self, num_bytes: int, *, with_held_out: bool = False) -> Iterator[str]:
         """Some of the input, but for what is held out."""
         return training_sample.texts(
-            [
-                unit for _, unit in _plan(self._sources, self._inputs, SAMPLE_UNIT_BYTES)
-            ],  # whatever engine.unit_bytes is
+            [(unit, source.config.kind) for source, unit in self._sample_units],
             num_bytes,
-            reduce.split_threshold(self._config.output.validation_fraction),
+            0 if with_held_out else reduce.split_threshold(self._config.output.validation_fraction),
             Cleaner(self._config.clean),
+            exact=self._config.dedup.exact,
         )
 
+    @functools.cached_property
+    def _sample_units(self) -> list[tuple[Source, Unit]]:
+        return _plan(self._sources, self._inputs, SAMPLE_UNIT_BYTES)  # whatever engine.unit_bytes is
+
     def _process_units(self, tokenizer: Tokenizer) -> list[FinishedUnit]:
-        encoder = fastest_encoder(tokenizer, list(self._sample(PROOF_BYTES)))
+        sample = list(self._sample(PROOF_BYTES))
+        _check_spelling(tokenizer, sample)
+        encoder = fastest_encoder(tokenizer, sample)
         for reason in encoder.rejected:
             print(f"not encoding with {reason}")
         print(f"encoding with {encoder.name}; running on {self._engine.name}")
         file_ids = {file.path: item.file_id for item, file in self._inputs.items()}
         tasks: list[UnitTask] = []
         digests: dict[Recipe, str] = {}
+        model = self._config.clean.perplexity_model
+        # Workers may have another working directory.
+        clean = dataclasses.replace(self._config.clean, perplexity_model=model and absolute(model))
+        evaluation = self._config.decontaminate
+        decontaminate = dataclasses.replace(evaluation, paths=tuple(map(absolute, evaluation.paths)))
         for source, unit in self._units:
             recipe = Recipe(
-                tokenizer_file=str(tokenizer.file),
+                tokenizer_file=str(Path(str(tokenizer.file)).resolve()),
                 tokenizer_digest=tokenizer.digest,
                 eos_id=tokenizer.eos_id,
                 vocab_size=tokenizer.vocab_size,
                 marks=unit_step.marks_of_turns(tokenizer),
                 encoder=encoder.name,
-                clean=self._config.clean,
-                decontaminate=self._config.decontaminate,
+                clean=clean,
+                decontaminate=decontaminate,
                 exact=self._config.dedup.exact,
                 near=self._config.dedup.near,
                 kind=source.config.kind,
@@ -175,19 +202,19 @@ class Preparation:
                 digests[recipe] = unit_step.recipe_digest(recipe)
             key = unit_step.unit_key(unit, [file_ids[path] for path in unit.paths], digests[recipe])
             tasks.append(UnitTask(unit, recipe, str(self._area.unit(key))))
+        watch = bad_lines.Watch(self._config.engine.max_bad_fraction)
+
+        def finished(index: int, found: UnitSummary) -> tuple[FinishedUnit, int]:
+            unit = FinishedUnit(tasks[index].unit, self._units[index][0].name, Path(tasks[index].folder), found)
+            watch.add(unit)  # an input that is misread must not cost hours
+            return unit, found.num_documents
+
         sizes = [task.unit.size_bytes for task in tasks]
-        summaries = self._map("read, clean, encode", process_unit, tasks, sizes, count=lambda unit: unit.num_documents)
-        return [
-            FinishedUnit(task.unit, source.name, Path(task.folder), found)
-            for (source, _), task, found in zip(self._units, tasks, summaries, strict=True)
-        ]
+        return self._map("read, clean, encode", process_unit, tasks, sizes, finished)
 
     def _compared_with(self) -> list[Path]:
         """Generations whose documents are older: those of other data folders, then those of this one."""
-        others = [Path(folder) for folder in self._config.dedup.against]
-        return [g.folder for folder in others for g in generations.read_generations(folder)] + [
-            generation.folder for generation in self._older
-        ]
+        return [generation.folder for generation in (*self._others, *self._older)]
 
     def _decide(
         self, units: Sequence[FinishedUnit], documents: Documents
@@ -195,13 +222,8 @@ class Preparation:
         fraction = self._config.output.validation_fraction
         verdicts = reduce.find_verdicts(units, documents, self._compared_with(), self._config.dedup)
         kept = verdicts.kind == 0
-        if not kept.any():
-            raise InputError(
-                f"all {kept.size:,} documents repeat older ones; there is nothing to add. "
-                "Leave these files out, or keep duplicates with --dedup.exact False --dedup.near off"
-            )
         held_out = reduce.hold_out(documents, kept, fraction, at_least_one=not self._older)
-        if held_out[kept].all():
+        if not self._older and held_out[kept].all():
             raise InputError(
                 f"the training split is empty: all {np.count_nonzero(kept):,} documents were held out. "
                 f"Add documents, or lower output.validation_fraction = {fraction:g}"
@@ -239,8 +261,13 @@ class Preparation:
                 )
         token_bytes = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
         sizes = [task.pieces.num_tokens * token_bytes for task in tasks]
-        records = self._map("cut shards", cut_shard, tasks, sizes, count=lambda record: record.document_count)
-        return list(zip(records, starts, strict=True))
+        return self._map(
+            "cut shards",
+            cut_shard,
+            tasks,
+            sizes,
+            lambda index, record: ((record, starts[index]), record.document_count),
+        )
 
     def _publish(self, stage: Path, tokenizer: Tokenizer) -> Manifest:
         """The generation counts from the rename of its folder on; what is written after that follows from it."""
@@ -261,19 +288,12 @@ class Preparation:
                     publish.publish(path, place.with_name(path.name))
             publish.sync_folder(added.folder)
             publish.publish(added.folder, self._folder / generations.FOLDER / added.folder.name)
-            self._write_heads(self._folder, made)
+            heads.write(self._folder, self._config, made)
         else:
             tokenizer.save(stage)
-            self._write_heads(stage, made)
-            publish.publish_folder(stage, self._folder.resolve())
+            heads.write(stage, self._config, made)
+            publish.publish_folder(stage, self._folder)
         return made
-
-    def _write_heads(self, folder: Path, made: Manifest) -> None:
-        """The files at the top of a data folder; the manifest last, because readers begin with it."""
-        publish.write_text(folder / "prepare.toml", config_file.to_toml(self._config))
-        mixture_file.write(folder, self._folder, made, self._config)
-        report_html.write(folder)
-        manifest.write_manifest(folder, made)
 
     def _map(
         self,
@@ -281,22 +301,30 @@ class Preparation:
         function: Callable[[Task], Result],
         tasks: Sequence[Task],
         sizes: Sequence[int],
-        *,
-        count: Callable[[Result], int],
-    ) -> list[Result]:
-        """Results of the tasks, in their order, under a progress bar of bytes that counts documents, too."""
-        results: list[Any] = [None] * len(tasks)
+        finished: Callable[[int, Result], tuple[Finished, int]],
+    ) -> list[Finished]:
+        """What `finished` makes of the tasks' results, in their order; it also tells how many documents each had."""
+        made: list[Any] = [None] * len(tasks)
         num_documents = 0
         # In a log file a line every half minute is enough.
         interval_s = 0.2 if sys.stderr.isatty() else 30.0
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": interval_s, "disable": None}
         with tqdm(total=sum(sizes), desc=name, **options) as bar:
             for index, result in self._engine.run(function, tasks):
-                results[index] = result
-                num_documents += count(result)
+                made[index], num_more = finished(index, result)
+                num_documents += num_more
                 bar.set_postfix_str(f"{num_documents:,} documents", refresh=False)
                 bar.update(sizes[index])
-        return results
+        return made
+
+
+def _check_spelling(tokenizer: Tokenizer, sample: Sequence[str]) -> None:
+    lost, total, example = lost_characters(tokenizer, sample)
+    if lost > MAX_LOST_FRACTION * total:
+        raise TokenizerError(
+            f"{tokenizer.file}: cannot spell {lost / total:.0%} of the input's characters, for example "
+            f"{example[:16]!r}; use a tokenizer that knows this language, or one of bytes"
+        )
 
 
 def _plan(found: Sequence[Source], inputs: Mapping[Input, InputFile], unit_bytes: int) -> list[tuple[Source, Unit]]:
@@ -311,6 +339,27 @@ def _plan(found: Sequence[Source], inputs: Mapping[Input, InputFile], unit_bytes
             group_bytes=unit_bytes,
         )
     ]
+
+
+def _generations_against(config: PrepareConfig) -> list[Generation]:
+    """Those of the data folders that the input is compared with.
+
+    Raises:
+        ConfigError: there are none, or they cannot be compared with.
+    """
+    found: list[Generation] = []
+    for folder in config.dedup.against:
+        others = generations.read_generations(Path(folder))
+        if not others:
+            raise ConfigError(f"dedup.against: {folder} is not a data folder of `python -m data_prep prepare`")
+        for other in others:
+            if other.settings.get("dedup") != config.dedup.digest:
+                raise ConfigError(
+                    f"dedup.against: {folder} was prepared with other [dedup] settings ({other.settings.get('dedup')}, "
+                    f"here {config.dedup.digest}); use the same, or leave it out"
+                )
+        found += others
+    return found
 
 
 def _stage_key(units: Iterable[FinishedUnit], decided: Decided, settings: Mapping[str, Any], generation: int) -> str:

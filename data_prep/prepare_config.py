@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_prep.cleaning.clean_config import CleanConfig
-from data_prep.config_file import ConfigError
+from data_prep.config_file import ConfigError, UnplacedError
 from data_prep.duplicates.dedup_config import DecontaminateConfig, DedupConfig
 from data_prep.engine import EngineConfig
 from data_prep.reading.templates import Layout
@@ -32,7 +32,7 @@ class SourceConfig:
     kind: Literal["auto", "prose", "code", "chat"] = "auto"
     """Which filters apply. auto: by the suffix of the file, and chat where a record has turns."""
     max_input_bytes: int | None = None
-    """Read at most this much: whole files, picked by the hash of their names. Default: everything."""
+    """Read at most this much at a time: whole files, picked by the hash of their names. Default: everything."""
     weight: float | None = None
     """Share in the mixture that is proposed for training. Default: its share of the tokens."""
     max_epochs: int | None = None
@@ -42,13 +42,13 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.max_input_bytes is not None and self.max_input_bytes < 1:
-            raise ConfigError(f"input.max_input_bytes = {self.max_input_bytes}: must be positive; leave it out for all")
+            raise UnplacedError(f"max_input_bytes = {self.max_input_bytes}: must be positive; leave it out for all")
         if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ConfigError(f"input.weight = {self.weight}: must be positive")
+            raise UnplacedError(f"weight = {self.weight}: must be positive")
         if self.max_epochs is not None and self.max_epochs < 1:
-            raise ConfigError(f"input.max_epochs = {self.max_epochs}: must be positive")
+            raise UnplacedError(f"max_epochs = {self.max_epochs}: must be positive")
         if self.text_field is not None and self.layout != "auto":
-            raise ConfigError("input.text_field and input.layout say the same thing; keep one")
+            raise UnplacedError("text_field and layout say the same thing; keep one")
         self.read_layout()
 
     def read_layout(self) -> Layout:
@@ -145,12 +145,17 @@ class PrepareConfig:
             _check_name(f"sources.{name}", name)
         if self.sources and self.input != InputConfig():
             raise ConfigError("[input] is for one source, [sources.NAME] for several; move [input] to a source's table")
+        names = list(self.sources) or [self.input.source_name]
         for entry in self.output.mixture:
             named = {part.partition("=")[0] for part in entry.rpartition(":")[2].replace(",", " ").split()}
-            if unknown := sorted(named - set(self.sources)):
-                raise ConfigError(
-                    f"output.mixture names {', '.join(unknown)}; the sources are {', '.join(self.sources)}"
-                )
+            if unknown := sorted(named - set(names)):
+                raise ConfigError(f"output.mixture names {', '.join(unknown)}; the sources are {', '.join(names)}")
+        given = {name: source.weight for name, source in self.sources.items() if source.weight is not None}
+        if given and len(given) < len(self.sources) and sum(given.values()) >= 1:
+            raise ConfigError(
+                f"the weights of the sources {', '.join(given)} add up to {sum(given.values()):g} and leave nothing "
+                "for the others; give every source a weight, or less than 1 to those that have one"
+            )
 
 
 def _check_name(key: str, name: str) -> None:

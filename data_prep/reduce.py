@@ -83,7 +83,8 @@ def load_documents(units: Sequence[FinishedUnit]) -> Documents:
         )
         for column, value in zip(columns, values, strict=True):
             column.append(value)
-    return Documents(*(np.concatenate(column) for column in columns))
+    empty = (np.zeros((0, 2), np.uint64), *(np.zeros(0, kind) for kind in (np.int64, np.uint32, np.int32, np.int64)))
+    return Documents(*(np.concatenate([none, *column]) for none, column in zip(empty, columns, strict=True)))
 
 
 def find_verdicts(
@@ -96,7 +97,7 @@ def find_verdicts(
     old_hashes = [np.load(folder / generations.HASHES_FILE) for folder in older]
     num_old = sum(map(len, old_hashes))
     if not config.exact:
-        return Verdicts(np.full(len(documents.hashes), -1), np.zeros(len(documents.hashes), dtype=np.uint8))
+        return Verdicts.all_kept(len(documents.hashes))
     hashes = np.concatenate([*old_hashes, documents.hashes])
     if config.near == "off":
         return _of_new(find_duplicates(hashes, [], hashes, threshold=1, near=False, num_settled=num_old), num_old)

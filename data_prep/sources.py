@@ -1,5 +1,7 @@
 """The sources of a preparation: which files each has, how they are read, and which of them are new to a data folder."""
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +10,7 @@ from data_prep.prepare_config import PrepareConfig, SourceConfig
 from data_prep.reading import corpus, storage
 from data_prep.reading.corpus import InputFile
 from data_prep.reading.documents import InputError
+from data_prep.reading.file_kinds import is_url
 from data_prep.reading.templates import Layout
 
 
@@ -42,7 +45,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     claimed: dict[str, str] = {}
     for source in sources:
         for file in source.files:
-            other = claimed.setdefault(file.path, source.name)
+            other = claimed.setdefault(os.path.realpath(file.path), source.name)
             if other != source.name:
                 raise InputError(f"{file.path}: belongs to the sources {other} and {source.name}; leave it to one")
     return sources
@@ -69,15 +72,21 @@ def new_inputs(current: Sequence[Input], folder: str, older: Sequence[Generation
     for item in new:
         if (item.source, item.name) in names:
             raise ChangedInputError(
-                f"{folder}: already holds a data set, and the input file {item.name} has changed since then. "
-                "Give the new version another name to add it, choose another --output.folder, or make the data set "
-                "anew with --output.overwrite True"
+                f"{folder}: already holds a data set, and the input file {item.name} has changed since then (of files "
+                "above 2 MiB the time of the last change counts, too). Give the new version another name to add it, "
+                "choose another --output.folder, or make the data set anew with --output.overwrite True"
             )
     return new
 
 
+def absolute(path: str) -> str:
+    """A path that means the same in every process; URLs as they are."""
+    return path if is_url(path) else os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - links stay as named
+
+
 def _files(config: SourceConfig) -> tuple[InputFile, ...]:
-    files = corpus.find_inputs(config.paths) if config.paths else corpus.installed_python()
+    found = corpus.find_inputs(config.paths) if config.paths else corpus.installed_python()
+    files = [dataclasses.replace(file, path=absolute(file.path)) for file in found]
     return tuple(files if config.max_input_bytes is None else corpus.choose(files, config.max_input_bytes))
 
 

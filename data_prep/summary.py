@@ -108,7 +108,7 @@ def _samples(
             if "text" in item and len(found) < NUM_SAMPLES:
                 path = unit.unit.paths[item["file"]]
                 found.append({"id": f"{path}#{item['place']}", "line": item["line"] + before, "text": item["text"]})
-        for item in read_lines(unit.folder / unit_step.BAD_LINES_FILE):
+        for item in in_order(unit.folder / unit_step.BAD_LINES_FILE):
             found = bad_lines.setdefault(item["reason"], [])
             if len(found) < NUM_SAMPLES:
                 path = unit.unit.paths[item["file"]]
@@ -120,3 +120,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a jsonl file of ours."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def in_order(path: Path) -> list[dict[str, Any]]:
+    """The same in the order of the input: what a step found in a second look comes late."""
+    return sorted(read_lines(path), key=lambda item: (item["file"], item["line"], item["place"]))

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,10 +146,7 @@ def process_unit(task: UnitTask) -> UnitSummary:
 
 def publish_result(temporary: Path, folder: Path) -> None:
     """Puts a finished folder in its place; one that another worker put there meanwhile is the same, and stays."""
-    for path in temporary.iterdir():
-        if path.stat().st_size:
-            _sync(path)
-    publish.sync_folder(temporary)
+    publish.sync_files(temporary)
     try:
         publish.publish(temporary, folder)
     except OSError:
@@ -159,6 +157,14 @@ def publish_result(temporary: Path, folder: Path) -> None:
 def read_summary(folder: Path) -> UnitSummary:
     """The counts of a finished unit."""
     return UnitSummary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+
+
+def text_hash(text: str, *, exact: bool) -> tuple[int, int]:
+    """(high, low) of a text; the low one decides its split. exact: texts that differ in white space only have one."""
+    if exact:
+        return exact_hash(text)
+    digest = xxhash.xxh3_128_intdigest(text.encode("utf-8"))
+    return digest >> 64, digest & 0xFFFFFFFFFFFFFFFF
 
 
 class _Context:
@@ -179,9 +185,21 @@ class _Context:
         return encoder_named(tokenizer, self.recipe.encoder)
 
 
-@functools.lru_cache(maxsize=8)
+_thread = threading.local()
+
+
 def _context(recipe: Recipe) -> _Context:
-    return _Context(recipe)
+    """Made once in each thread: a worker of a cluster may have several, and cleaners count what they mask."""
+    contexts: dict[Recipe, _Context] = _thread.__dict__.setdefault("contexts", {})
+    if recipe not in contexts:
+        contexts.clear()  # of the source before
+        contexts[recipe] = _Context(recipe)
+    return contexts[recipe]
+
+
+def kind_of_file(unit: Unit, file: int, kind: str) -> str:
+    """What the documents of a file are: as configured, else as the layout says, else by the suffix."""
+    return kind if kind != "auto" else unit.layout.kind or kind_of(unit.paths[file], "prose")
 
 
 @dataclass(slots=True)
@@ -202,9 +220,7 @@ class _Pass:
     def __init__(self, task: UnitTask, folder: Path) -> None:
         self._unit, self._recipe, self._folder = task.unit, task.recipe, folder
         self._context = _context(task.recipe)
-        self._kinds = [
-            kind_of(path, "prose") if task.recipe.kind == "auto" else task.recipe.kind for path in task.unit.paths
-        ]
+        self._kinds = [kind_of_file(task.unit, file, task.recipe.kind) for file in range(len(task.unit.paths))]
         self._dtype = np.dtype(token_dtype(task.recipe.vocab_size)).newbyteorder("<")
         self._marks = {mark: np.array([token_id], dtype=np.uint32) for mark, token_id in task.recipe.marks}
         self._summary = UnitSummary()
@@ -303,8 +319,7 @@ class _Pass:
 
     def _record(self, good: list[_Kept], num_tokens: list[int]) -> None:
         records = np.zeros(len(good), dtype=DOCUMENT)
-        hash_of = exact_hash if self._recipe.exact else _plain_hash
-        hashes = [hash_of(kept.text) for kept in good]
+        hashes = [text_hash(kept.text, exact=self._recipe.exact) for kept in good]
         columns = {
             "file": [kept.document.file for kept in good],
             "line": [kept.document.line for kept in good],
@@ -366,16 +381,5 @@ def _batches(items: Iterable[_Kept]) -> Iterator[list[_Kept]]:
         yield batch
 
 
-def _plain_hash(text: str) -> tuple[int, int]:
-    """XXH3-128 of the text, (high, low): decides the split where nothing is compared."""
-    digest = xxhash.xxh3_128_intdigest(text.encode("utf-8"))
-    return digest >> 64, digest & 0xFFFFFFFFFFFFFFFF
-
-
 def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

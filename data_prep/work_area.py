@@ -1,7 +1,7 @@
 """The work area: results of units, kept until the data folder is published, so that a killed preparation goes on.
 
 <output>.work/lock                 held by the running preparation
-              units/ab/ab12...     finished units, named by what shapes them (`unit_step`)
+              units/ab/ab12...     finished units, named by what shapes them (`unit_step`); elsewhere if asked for
               tokenizer-<key>/     a tokenizer trained on this input
               stage-<key>/         the data folder, or what is added to it, while it is being cut
 """
@@ -24,13 +24,14 @@ class WorkAreaError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class WorkArea:
-    """A folder for results between the steps."""
+    """A folder beside the output for results between the steps; those of units may lie on another disk."""
 
     folder: Path
+    units: Path
 
     def unit(self, key: str) -> Path:
         """The folder of a unit's result."""
-        return self.folder / "units" / key[:2] / key
+        return self.units / key[:2] / key
 
     def tokenizer(self, key: str) -> Path:
         """The folder of a tokenizer trained on an input."""
@@ -40,17 +41,26 @@ class WorkArea:
         """The folder in which a data folder, or what is added to one, is put together."""
         return self.folder / f"stage-{key}"
 
+    def clear(self) -> None:
+        """Deletes all results; what else lies in folders that the user named stays."""
+        shutil.rmtree(self.units, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[WorkArea]:
-    """The work area for one preparation at a time.
+def opened(output: Path, units_below: str | None = None) -> Iterator[WorkArea]:
+    """The work area of an output, for one preparation at a time; it goes with the block if nothing is in it.
 
-    Leftovers of dead workers are deleted; everything finished stays. After a success call `remove`.
+    Leftovers of dead processes are deleted, also those of the output itself; everything finished stays.
 
     Raises:
-        WorkAreaError: another preparation works there.
+        WorkAreaError: another preparation of the output is running.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output.with_name(f"{output.name}.work")
+    units = folder / "units" if units_below is None else Path(units_below).resolve() / f"{output.name}.work" / "units"
+    publish.make_folder(folder)
     # The lock goes with the process, however that ends.
     with (folder / "lock").open("a+", encoding="utf-8") as lock:
         try:
@@ -65,19 +75,17 @@ def opened(folder: Path) -> Iterator[WorkArea]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
-        for place in [folder, *(folder / "units").glob("*")]:
+        publish.remove_leftovers(output.parent, output.name)
+        for place in (folder, *units.glob("*")):
             publish.remove_leftovers(place)
         # Under the lock nobody writes there; what a killed run left, on whatever machine, must not be published.
         for leftover in folder.glob("stage-*/**/*.tmp-*"):
             leftover.unlink()
-        yield WorkArea(folder)
-
-
-def remove(area: WorkArea) -> None:
-    """Deletes the work area, the lock last."""
-    for path in area.folder.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (area.folder / "lock").unlink()
-    with contextlib.suppress(OSError):  # another preparation may have begun to work there
-        area.folder.rmdir()
+        try:
+            yield WorkArea(folder, units)
+        finally:
+            with contextlib.suppress(OSError):  # something is kept for the next run
+                if units_below is not None:
+                    units.parent.rmdir()
+            if [path.name for path in folder.iterdir()] == ["lock"]:
+                shutil.rmtree(folder)

@@ -11,6 +11,8 @@ import numpy as np
 SPACE, DIGIT, LATIN, CYRILLIC, ARABIC, LETTER, HANGUL, HAN, KANA, SPACELESS, SYMBOL, PUNCTUATION, NONE = range(13)
 NUM_CLASSES: Final = 13
 FIRST_LETTER, LAST_LETTER = LATIN, SPACELESS
+BAR: Final = ord("|")
+"""Stands between the cells of a table: punctuation, alone of the signs of ASCII."""
 LANGUAGES: Final = ("zh", "en", "ja", "ko", "ru", "ar", "latin", "other", "code")
 
 _RANGES: Final = (  # later ones win
@@ -18,6 +20,7 @@ _RANGES: Final = (  # later ones win
     (0x0030, 0x0039, DIGIT),
     (0x0041, 0x005A, LATIN),
     (0x0061, 0x007A, LATIN),
+    (BAR, BAR, PUNCTUATION),
     (0x0085, 0x0085, SPACE),
     (0x00A0, 0x00A0, SPACE),
     (0x00C0, 0x024F, LATIN),
@@ -117,6 +120,7 @@ def count_classes(text_units: np.ndarray) -> list[int]:
     counts[SPACE] = int(np.count_nonzero(text_units <= 32))
     counts[DIGIT] = int(np.count_nonzero(text_units - np.uint8(48) < 10))
     counts[LATIN] = int(np.count_nonzero((text_units | np.uint8(32)) - np.uint8(97) < 26))
+    counts[PUNCTUATION] = int(np.count_nonzero(text_units == BAR))
     counts[SYMBOL] = text_units.size - sum(counts)
     return counts
 

@@ -11,9 +11,12 @@ Source: Wenzek et al. 2020 (CCNet, arXiv 1911.00359) filter by perplexity; hashe
 """
 
 import argparse
+import errno
 import hashlib
 import math
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -37,7 +40,7 @@ _LOG2: Final = np.array(
 
 
 class NgramModelError(ValueError):
-    """A model file, or a reference text, cannot be used."""
+    """A model file, or a reference text, cannot be used or written."""
 
 
 class NgramModel:
@@ -85,14 +88,21 @@ class NgramModel:
         return cls(counts, num_units)
 
     def save(self, path: Path) -> None:
-        """Write the model, whole or not at all."""
+        """Write the model, whole or not at all.
+
+        Raises:
+            NgramModelError: it cannot be written there.
+        """
         temporary = publish.temporary_beside(path)
         try:
             with temporary.open("wb") as file:
                 np.savez_compressed(file, header=np.array([_FORMAT, self.num_units]), counts=self.counts)
             temporary.replace(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            if temporary.exists():
+                temporary.unlink()
 
     @property
     def digest(self) -> str:
@@ -127,26 +137,30 @@ class NgramModel:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a model from text files, and print the perplexities of a part that was held out, to choose limits by."""
+    """Train a model, and print the perplexities of a part that was held out, to choose limits by."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep train-ngrams",
         description="Make a character n-gram model for clean.perplexity_model.",
     )
     parser.add_argument("out", type=Path, help="the model to write, .npz")
-    parser.add_argument("files", type=Path, nargs="+", help="UTF-8 text files like what is to be kept")
+    parser.add_argument(
+        "files", nargs="+", help="files, patterns (** crosses folders) or URLs with texts like what is to be kept"
+    )
     parser.add_argument("--order", type=int, default=ORDER, choices=range(1, 9), help="longest n-gram (%(default)s)")
     parser.add_argument("--table-bits", type=int, default=TABLE_BITS, choices=range(12, 29), metavar="BITS")
     arguments = parser.parse_args(argv)
     try:
-        pieces = [piece for path in arguments.files for piece in _pieces(path)]
-        held_out = pieces[::20] if len(pieces) >= 20 else []
-        kept = [piece for index, piece in enumerate(pieces) if not held_out or index % 20]
-        model = NgramModel.train(kept, order=arguments.order, table_bits=arguments.table_bits)
+        _check_writable(arguments.out)
+        reference = _Reference(arguments.files)
+        model = NgramModel.train(reference.pieces(), order=arguments.order, table_bits=arguments.table_bits)
         model.save(arguments.out)
-    except (OSError, NgramModelError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 65
+        return os.EX_DATAERR
     print(f"{arguments.out}: {model.num_units:,} characters, order {arguments.order}")
+    for reason, count in reference.left_out.items():
+        print(f"left out {count:,}: {reason}")
+    held_out = reference.held_out
     if held_out:
         found = sorted(map(model.perplexity, held_out))
         marks = ", ".join(f"{share} % below {found[len(found) * share // 100]:.1f}" for share in (1, 50, 90, 99))
@@ -158,14 +172,72 @@ _COMMAND: Final = "`python -m data_prep train-ngrams OUT.npz FILES...`"
 _PIECE_CHARACTERS: Final = 2000
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces of about the size of a document."""
+_HELD_OUT: Final = 20
+
+
+class _Reference:
+    """The texts of files of any kind that a preparation reads, in pieces of about the size of a document."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = patterns
+        self.held_out: list[str] = []
+        """One piece in twenty."""
+        self.left_out: Counter[str] = Counter()
+        """Why lines and files gave no text."""
+
+    def pieces(self) -> Iterator[str]:
+        """All but those that are held out.
+
+        Raises:
+            InputError: a pattern that leads nowhere, or a file that cannot be read.
+            NgramModelError: no text in any of the files.
+        """
+        index = 0
+        for text in self._texts():
+            for start in range(0, len(text), _PIECE_CHARACTERS):
+                index += 1
+                piece = text[start : start + _PIECE_CHARACTERS]
+                if index % _HELD_OUT:
+                    yield piece
+                else:
+                    self.held_out.append(piece)
+        if not index and self.left_out:
+            raise NgramModelError(f"no text in these files ({next(iter(self.left_out))}); give UTF-8 texts")
+
+    def _texts(self) -> Iterator[str]:
+        # Here, so that a model is used without loading the readers.
+        from data_prep.reading.corpus import find_inputs
+        from data_prep.reading.documents import Document, plan_units, read_unit
+        from data_prep.reading.templates import Layout
+
+        for unit in plan_units(find_inputs(self._patterns), Layout.named("auto")):
+            for item in read_unit(unit):
+                if isinstance(item, Document):
+                    yield item.text
+                else:
+                    self.left_out[f"{unit.paths[item.file]}: {item.reason}"] += 1
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work whether a model can be written.
+
+    Raises:
+        NgramModelError: it cannot.
+    """
+    temporary = publish.temporary_beside(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise NgramModelError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
-    for start in range(0, len(text), _PIECE_CHARACTERS):
-        yield text[start : start + _PIECE_CHARACTERS]
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> NgramModelError:
+    return NgramModelError(
+        f"{path}: cannot write the model ({error.strerror or error}); name a file in a folder that exists and is yours"
+    )
 
 
 def _blocks(text: str, order: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,7 +1,7 @@
 """Personal data in text: e-mail addresses, IP addresses, phone, payment card and Chinese identity numbers.
 
 Each is found by its form, checked where it has a checksum, and replaced by a placeholder. Numbers with a meaning of
-their own stay: addresses of private, local and documentation networks (RFC 6890), versions such as "v1.2.3.4".
+their own stay: addresses of private, local and documentation networks (RFC 6890), numbers of versions and sections.
 """
 
 import re
@@ -35,7 +35,20 @@ _IPV4 = re.compile(rf"[1-9](?<![\w.+-][1-9])[0-9]{{0,2}}\.(?:{_OCTET}\.){{2}}{_O
 _IPV6 = re.compile(  # global addresses begin with 2 or 3
     r"[23](?<![\w:.][23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)", re.ASCII
 )
-_VERSION_BEFORE = re.compile(r"(?:version|release|\bver\.?|\bv|版本|版本号|版)\s{0,3}[:：=]?\s{0,3}\Z", re.IGNORECASE)
+_NUMBERED_BEFORE = re.compile(
+    r"(?:version|release|\bver\.?|\bv|section|\bsec\.|chapter|clause|paragraph|article|appendix|figure|table|§|版本号?|版|第)"
+    r"\s{0,3}(?:[:：=]|为|是|is)?\s{0,3}\Z",
+    re.IGNORECASE,
+)
+_NUMBERED_BEHIND = re.compile(r"\s{0,2}[版节章条款]")
+_ADDRESS_BEFORE = re.compile(
+    r"(?:(?:\bip(?:v4)?|\bdns|address|server|\bhost|gateway|\bping|地址|服务器|主机|网关)\s{0,3}(?:[:：=]|为|是|is)?\s{0,3}|//|@)\Z",
+    re.IGNORECASE,
+)
+_ADDRESS_BEHIND = re.compile(r"[:/][0-9]")
+_CONTEXT: Final = 24
+_LOW_PART: Final = 32
+"""Versions and sections have four parts below this; of all addresses one in 4,096."""
 _PHONE = re.compile(
     r"(?<![\w.+-])(?:"
     r"(?:\+?86[- ]?)?1[3-9][0-9](?:[- ]?[0-9]{4}){2}"  # Chinese mobile
@@ -89,7 +102,8 @@ def mask_emails(text: str, placeholder: str) -> tuple[str, int]:
     while at >= 0:
         name = _EMAIL_NAME.search(text, max(copied, at - 64), at)
         host = _EMAIL_HOST.match(text, at + 1) if name else None
-        if name and host and host[1].lower() not in _FILE_SUFFIXES:
+        # git@github.com:a/b is how a repository is reached.
+        if name and name[0] != "git" and host and host[1].lower() not in _FILE_SUFFIXES:
             pieces += (text[copied : name.start()], placeholder)
             copied = host.end()
         at = text.find("@", max(at + 1, copied))
@@ -97,7 +111,7 @@ def mask_emails(text: str, placeholder: str) -> tuple[str, int]:
 
 
 def mask_ips(text: str, placeholder: str) -> tuple[str, int]:
-    """Replace public IPv4 and IPv6 addresses that are no version numbers."""
+    """Replace public IPv4 and IPv6 addresses that are no numbers of versions or sections."""
     num_masked = 0
     if _MAYBE_IPV4.search(text):
         text, num_masked = _replace(_IPV4, text, placeholder, _is_public_ipv4)
@@ -168,13 +182,26 @@ def _replace(
 
 
 def _is_public_ipv4(match: re.Match[str]) -> bool:
-    if _VERSION_BEFORE.search(match.string, max(0, match.start() - 16), match.start()):
+    if _is_numbering(match):
         return False
     try:
         address = IPv4Address(match[0])
     except AddressValueError:
         return False
     return not any(address in network for network in _KEPT_IPV4)
+
+
+def _is_numbering(match: re.Match[str]) -> bool:
+    """Whether four numbers rather count versions or sections, by the words around them and by their size."""
+    text, start, end = match.string, match.start(), match.end()
+    around = (text, max(0, start - _CONTEXT), start)
+    if _NUMBERED_BEFORE.search(*around) or _NUMBERED_BEHIND.match(text, end):
+        return True
+    parts = set(map(int, match[0].split(".")))
+    # 1.1.1.1 and 8.8.8.8 are well-known servers.
+    if len(parts) == 1 or max(parts) >= _LOW_PART:
+        return False
+    return not (_ADDRESS_BEFORE.search(*around) or _ADDRESS_BEHIND.match(text, end))
 
 
 def _is_public_ipv6(match: re.Match[str]) -> bool:

@@ -16,16 +16,16 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from data_prep.config_file import ConfigError
+from data_prep.duplicates import evaluation_sets
 from data_prep.duplicates.minhash import mix
 
-VERSION = 1
+VERSION = 2
 """To be raised with any change of what is found."""
 BOILERPLATE_ITEMS = 10
 _SEPARATOR, _LETTER, _ALONE = 0, 1, 2
@@ -70,26 +70,30 @@ class Decontaminator:
     """The runs of tokens of evaluation sets, and which file each is from. Pickles, as plain arrays."""
 
     def __init__(self, paths: Iterable[str | Path], ngram: int = 13, min_item_tokens: int = 13) -> None:
-        """Read evaluation sets: every string of a record of .jsonl files, every line of others, is an item.
+        """Read evaluation sets, each a file or a pattern that matches files; see `evaluation_sets.items`.
 
         Args:
             ngram: tokens that a document and an item must share in a row.
             min_item_tokens: items shorter than ngram count if they are found whole and have at least so many tokens.
         Raises:
-            ConfigError: a file that cannot be read, is not what its name says, or has no item long enough.
+            ConfigError: a pattern that matches nothing, a file that cannot be read, is of an unknown kind or is not
+                what its name says, or a set without an item that is long enough.
         """
-        files = [Path(path) for path in paths]
-        self.names = [path.name for path in files]
         self._ngram = ngram
         self._lengths = tuple(range(min_item_tokens, ngram)) if min_item_tokens < ngram else ()
-        found = [self._runs_of_items(list(_items(path))) for path in files]
-        for path, hashes in zip(files, found, strict=True):
-            if not len(hashes):
+        found: dict[str, Hashes] = {}
+        for pattern in map(str, paths):
+            files = evaluation_sets.find_files(pattern)
+            found |= {
+                file: self._runs_of_items(list(evaluation_sets.items(file))) for file in files if file not in found
+            }
+            if not any(len(found[file]) for file in files):
                 raise ConfigError(
-                    f"{path}: no item of {min(min_item_tokens, ngram)} tokens or more, so that nothing can be found by "
-                    "it; lower decontaminate.min_item_tokens, or leave the file out"
+                    f"decontaminate.paths: {pattern}: no item of {min(min_item_tokens, ngram)} tokens or more, so that "
+                    "nothing can be found by it; lower decontaminate.min_item_tokens, or leave it out"
                 )
-        self._hashes, self._files = _without_boilerplate(found)
+        self.names = [file.rpartition("/")[2] for file in found]
+        self._hashes, self._files = _without_boilerplate(list(found.values()))
         self._may_hit = np.zeros(1 << _FILTER_BITS, dtype=bool)
         self._may_hit[self._hashes >> np.uint64(64 - _FILTER_BITS)] = True
 
@@ -156,30 +160,6 @@ def _without_boilerplate(found: Sequence[Hashes]) -> tuple[Hashes, NDArray[np.in
     distinct, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     is_rare = counts <= BOILERPLATE_ITEMS
     return distinct[is_rare], files[first][is_rare]
-
-
-def _items(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"decontaminate.paths: {path}: cannot be read as UTF-8 text ({error})") from error
-    if path.suffix != ".jsonl":
-        yield from lines
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield from _strings(json.loads(line))
-            except ValueError as error:
-                raise ConfigError(f"decontaminate.paths: {path}:{number}: not JSON ({error}); mend the line") from error
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:

@@ -55,7 +55,8 @@ class DecontaminateConfig:
     """Which evaluation sets no document may quote."""
 
     paths: tuple[str, ...] = ()
-    """Files: .jsonl (every string of a record is an item) or .txt (every line is). None given: nothing is dropped."""
+    """Files or patterns: of .jsonl, .json and .parquet every string of a record is an item, of .txt, .md and .csv every
+    line or cell. None given: nothing is dropped."""
     ngram: int = 13
     """A document that shares this many successive tokens with an item is dropped: a token is a word, or a character
     of Chinese and other scripts without spaces."""

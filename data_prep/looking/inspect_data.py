@@ -9,7 +9,8 @@
     python -m data_prep inspect FOLDER --search "some words"
 
 A shard is named by its file, or by its identity or the beginning of that, as `python -m resume audit` does.
-Exit codes: 0 done; 65 the folder is not as it should be; 74 cannot read; 78 what is asked for is not there.
+Exit codes: 0 done; 64 an option without the one that it goes with; 65 the folder is not as it should be; 74 cannot
+read; 78 what is asked for is not there.
 """
 
 import argparse
@@ -20,17 +21,30 @@ from pathlib import Path
 
 from data_prep.looking import folder_statistics, inspect_documents, inspect_fates
 from data_prep.looking.prepared import NotFoundError, PreparedFolder
+from data_prep.looking.text_table import one_line, visible
 from data_prep.manifest import read_manifest
 
-BAD_DATA, CANNOT_READ, NOT_FOUND = os.EX_DATAERR, os.EX_IOERR, os.EX_CONFIG
+BAD_DATA, CANNOT_READ, NOT_FOUND, USAGE = os.EX_DATAERR, os.EX_IOERR, os.EX_CONFIG, os.EX_USAGE
+_GOES_WITH = {
+    "source": ("documents", "dropped", "search"),
+    "split": ("documents", "search"),
+    "seed": ("documents", "dropped"),
+    "first": ("documents", "dropped"),
+    "number": ("dropped", "search"),
+    "document": ("shard",),
+    "sample_tokens": ("sample",),
+}
+_NUMBER = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments = _parser().parse_args(argv)
+    if (stray := _stray(arguments)) is not None:
+        return _fail(stray, USAGE)
     try:
         for line in _lines(PreparedFolder(arguments.folder), arguments):
-            print(line)
+            print(visible(line))
         print(end="", flush=True)  # here, so that a reader who left is no traceback
     except NotFoundError as error:
         return _fail(str(error), NOT_FOUND)
@@ -43,12 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _stray(arguments: argparse.Namespace) -> str | None:
+    """What is wrong if an option is given without one that it goes with."""
+    for option, others in _GOES_WITH.items():
+        if getattr(arguments, option) is not None and all(getattr(arguments, other) is None for other in others):
+            return f"{_flag(option)}: goes with {' or '.join(map(_flag, others))}"
+    return None
+
+
+def _flag(option: str) -> str:
+    return "-n" if option == "number" else f"--{option.replace('_', '-')}"
+
+
 def _lines(folder: PreparedFolder, arguments: argparse.Namespace) -> Iterator[str]:
     """What is asked for."""
     known = sorted({shard.record.source for shard in folder.shards})
     if arguments.source not in (None, *known):
         raise NotFoundError(f"--source {arguments.source}: no source of {folder.folder}; it has {', '.join(known)}")
-    seed = None if arguments.first else arguments.seed
+    seed = None if arguments.first else arguments.seed or 0
+    number = _NUMBER if arguments.number is None else arguments.number
     if arguments.documents is not None:
         choose = inspect_documents.chosen(arguments.documents, seed)
         return inspect_documents.documents(folder, choose, arguments.source, arguments.split)
@@ -62,10 +89,10 @@ def _lines(folder: PreparedFolder, arguments: argparse.Namespace) -> Iterator[st
     if arguments.id is not None:
         return inspect_fates.fate(folder, arguments.id)
     if arguments.dropped is not None:
-        choose = inspect_documents.chosen(arguments.number, seed)
+        choose = inspect_documents.chosen(number, seed)
         return inspect_fates.dropped(folder, arguments.dropped, choose, arguments.source)
     if arguments.search is not None:
-        return inspect_documents.search(folder, arguments.search, arguments.number, arguments.source, arguments.split)
+        return inspect_documents.search(folder, arguments.search, number, arguments.source, arguments.split)
     return folder_statistics.lines(folder)
 
 
@@ -99,16 +126,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", help="only of this source")
     parser.add_argument("--split", choices=("train", "validation"), help="only of this split")
     order = parser.add_mutually_exclusive_group()
-    order.add_argument("--seed", type=int, default=0, help="another seed shows others")
-    order.add_argument("--first", action="store_true", help="the first ones, not drawn ones")
+    order.add_argument("--seed", type=int, help="another seed shows others")
+    order.add_argument("--first", action="store_const", const=True, help="the first ones, not drawn ones")
     parser.add_argument("--document", type=int, metavar="I", help="with --shard: show this one of the list")
     parser.add_argument(
         "--sample-tokens", type=_positive, help="with --sample: the sequence length, if not the prepared"
     )
-    parser.add_argument("-n", dest="number", type=_positive, default=10, help="with --dropped and --search: so many")
+    parser.add_argument(
+        "-n", dest="number", type=_positive, help=f"with --dropped and --search: so many, not {_NUMBER}"
+    )
     return parser
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return exit_code

@@ -10,7 +10,7 @@ from data_prep.looking import raw_text
 from data_prep.looking.documents_query import Row
 from data_prep.looking.prepared import NotFoundError, PreparedFolder, Shard
 from data_prep.looking.stream_places import Stretch, sample_places, stretches
-from data_prep.looking.text_table import visible
+from data_prep.looking.text_table import one_line, visible
 
 Choose = Callable[[int], Sequence[int]]
 """Picks some of any count of things, by their ranks."""
@@ -115,7 +115,7 @@ def picked(
 def heading(row: Row) -> str:
     """Id of a document, and where it came from."""
     language = f", {row.language}" if row.language else ""
-    return f"{row.id} (line {row.line}, source {row.source}{language}, generation {row.generation})"
+    return f"{one_line(row.id)} (line {row.line}, source {row.source}{language}, generation {row.generation})"
 
 
 def places(folder: PreparedFolder, row: Row) -> str:
@@ -134,7 +134,7 @@ def _piece(folder: PreparedFolder, shard: Shard, row: Row, first: int, stop: int
     yield f"=== {heading(row)}"
     yield f"    its tokens {own_first - start} to {own_stop - start - 1} of 0 to {end - start - 1}"
     if (command := raw_text.show_command(row.path, row.line, row.place)) is not None:
-        yield f"    {command}"
+        yield f"    {one_line(command)}"
     yield visible(folder.decode(folder.tokens(stretch)))
     yield "=== end of document" if is_ended else "... goes on behind the sample"
 

@@ -8,7 +8,7 @@ from data_prep.documents_table import EXACT_DUPLICATE, NEAR_DUPLICATE
 from data_prep.looking.documents_query import Row
 from data_prep.looking.inspect_documents import Choose, heading, picked, places
 from data_prep.looking.prepared import BadLineRecord, NotFoundError, PreparedFolder
-from data_prep.looking.text_table import visible
+from data_prep.looking.text_table import one_line, visible
 
 EXAMPLE_CHARACTERS = 1_000
 """So much is shown of each of several documents that were left out."""
@@ -50,7 +50,7 @@ def dropped(folder: PreparedFolder, reason: str, choose: Choose, source: str | N
     for row in picked(folder, reason, choose, source, None):
         yield f"=== {heading(row)}"
         if row.duplicate_of is not None:
-            yield f"    {row.verdict} of {row.duplicate_of}"
+            yield f"    {row.verdict} of {one_line(row.duplicate_of)}"
         text = folder.raw_text(row) or samples.get(row.id)
         yield from (_gone(row) if text is None else _shortened(visible(text)), "")
 
@@ -85,20 +85,21 @@ def _fate_of_row(folder: PreparedFolder, row: Row) -> Iterator[str]:
     if row.duplicate_of is None:
         yield f"    left out by the filter {row.verdict}"
     else:
-        yield f"    left out as {row.verdict} of {row.duplicate_of}"
+        yield f"    left out as {row.verdict} of {one_line(row.duplicate_of)}"
     text = folder.raw_text(row)
     yield _gone(row) if text is None else visible(text)
     if row.duplicate_of is None:
         return
     original = folder.original(row)
     if original is None:
-        yield f"=== {row.duplicate_of} is not in {folder.folder}, but in a data folder that dedup.against names"
+        elsewhere = f"is not in {folder.folder}, but in a data folder that dedup.against names"
+        yield f"=== {one_line(row.duplicate_of)} {elsewhere}"
     else:
         yield from _fate_of_row(folder, original)
 
 
 def _bad_line(bad: BadLineRecord) -> Iterator[str]:
-    yield f"=== {bad.path}:{bad.line} (generation {bad.generation})"
+    yield f"=== {one_line(bad.path)}:{bad.line} (generation {bad.generation})"
     yield f"    bad line, {bad.reason}; it begins:"
     yield visible(bad.head.decode("utf-8", "backslashreplace"))
 
@@ -114,4 +115,4 @@ def _shortened(text: str) -> str:
 
 
 def _gone(row: Row) -> str:
-    return f"    (the text is not to be had: {row.path} is gone, or has changed)"
+    return f"    (the text is not to be had: {one_line(row.path)} is gone, or has changed)"

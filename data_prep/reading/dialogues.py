@@ -1,11 +1,13 @@
 """Conversations in the forms that corpora use, as turns.
 
-[{"role": "user", "content": "..."}, ...]               OpenAI; a content may be a list of parts of type text
+[{"role": "user", "content": "..."}, ...]               OpenAI; a content may be a list of parts of type text; what a
+                                                        turn calls of its tools stands behind it as JSON
 [{"from": "human", "value": "..."}, ...]                ShareGPT, BELLE
 [{"human": "...", "assistant": "..."}, ...]             MOSS, Firefly
 {"turn_1": {"Human": "...", "MOSS": "..."}, ...}        MOSS 003, with what its tools were asked and answered
 """
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -67,10 +69,20 @@ def _listed_turns(value: Any) -> Iterator[Turn]:
             yield Turn("user", _content(item["human"]))
             yield Turn("assistant", _content(item["assistant"]))
             continue
-        value_or_content = item.get("value") if item.get("content") is None else item["content"]
-        turn = Turn(_role(item), _content(value_or_content))
+        turn = Turn(_role(item), _said(item))
         if turn.role != "system" or turn.content.strip():  # an empty system prompt is none
             yield turn
+
+
+def _said(item: dict[str, Any]) -> str:
+    """The text of a turn and the tool calls behind it, of which a turn may consist."""
+    content = item.get("value") if item.get("content") is None else item["content"]
+    calls = item.get("tool_calls") or item.get("function_call")
+    if not calls:
+        return _content(content)
+    text = "" if content is None else _content(content)
+    written = json.dumps(calls, ensure_ascii=False, default=str)
+    return f"{text}\n{written}" if text.strip() else written
 
 
 def _role(item: dict[str, Any]) -> str:

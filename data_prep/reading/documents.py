@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from data_prep.reading import head, storage, streams
 from data_prep.reading.corpus import InputFile
 from data_prep.reading.field_template import BadRecordError
-from data_prep.reading.file_kinds import KNOWN_SUFFIXES, compression, content_suffix, file_kind
-from data_prep.reading.json_array import elements
-from data_prep.reading.parquet_files import read_rows, row_groups
+from data_prep.reading.file_kinds import KNOWN_SUFFIXES, PROSE_SUFFIXES, compression, content_suffix, file_kind
+from data_prep.reading.parquet_files import UnreadableError, read_rows, row_groups
 from data_prep.reading.records import BadLine, Document, Unit, UnitKind, bad_line, json_extractor
 from data_prep.reading.storage import InputError
 from data_prep.reading.streams import StreamError
@@ -34,8 +33,8 @@ def plan_units(
     The units of a file carry the layout that fits it, where the given one is "auto".
 
     Raises:
-        InputError: a file of unknown kind, or none of whose records any layout fits; an unreadable parquet file, or one
-            without the columns of the layout.
+        InputError: a file of unknown kind, or none of whose records any layout fits; a parquet file without the
+            columns of the layout.
     """
     units: list[Unit] = []
     group: list[InputFile] = []
@@ -65,7 +64,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadLine]:
 
 
 def _is_split(path: str, layout: Layout) -> bool:
-    return layout.split != "file" and content_suffix(path) == ".txt"
+    return layout.split != "file" and content_suffix(path) in PROSE_SUFFIXES
 
 
 def _text_units(files: Sequence[InputFile], layout: Layout, group_bytes: int) -> Iterator[Unit]:
@@ -90,7 +89,7 @@ def _units_of_file(file: InputFile, layout: Layout, range_bytes: int) -> list[Un
     if kind == "text":
         unit_kind: UnitKind = "text-lines" if layout.split == "lines" else "paragraphs"
     else:
-        unit_kind = head.json_kind(file.path) if kind == "json" else "lines"
+        unit_kind = head.json_kind(file.path, layout.encoding) if kind == "json" else "lines"
         layout = head.fitting(file.path, layout, head.json_records(file.path, unit_kind, layout.encoding))
     if compression(file.path) or unit_kind not in ("lines", "text-lines"):
         return [Unit(unit_kind, (file.path,), layout, file.size_bytes, 0, file.size_bytes)]
@@ -100,17 +99,28 @@ def _units_of_file(file: InputFile, layout: Layout, range_bytes: int) -> list[Un
 
 
 def _row_units(file: InputFile, layout: Layout) -> list[Unit]:
-    num_groups, columns = row_groups(file.path)
+    try:
+        rows_of_groups, columns = row_groups(file.path)
+    except UnreadableError:  # its reader will say so
+        return [Unit("rows", (file.path,), head.fitting(file.path, layout, []), file.size_bytes)]
+    num_groups = len(rows_of_groups)
     if layout.is_auto:
-        layout = head.fitting(file.path, layout, head.parquet_records(file.path, num_groups))
+        known = [name for name in columns if name in layout.fields()]
+        layout = head.fitting(file.path, layout, head.parquet_records(file.path, num_groups, known), columns)
+    else:
+        _check_columns(file.path, layout, columns)
+    size_bytes = file.size_bytes // max(num_groups, 1)
+    return [Unit("rows", (file.path,), layout, size_bytes, index) for index in range(num_groups)]
+
+
+def _check_columns(path: str, layout: Layout, columns: Sequence[str]) -> None:
     try:
         layout.columns(columns)
     except BadRecordError as error:
         raise InputError(
-            f"{file.path}: {error}; its columns are {', '.join(columns)}. Choose another input.layout or input.template"
+            f"{path}: {error}; its columns are {', '.join(columns)}. Name one of them with input.text_field, or choose "
+            "another input.layout or template for it"
         ) from error
-    size_bytes = file.size_bytes // max(num_groups, 1)
-    return [Unit("rows", (file.path,), layout, size_bytes, index) for index in range(num_groups)]
 
 
 def _read_json(unit: Unit) -> Iterator[Document | BadLine]:
@@ -136,7 +146,7 @@ def _json_texts(unit: Unit) -> Iterator[streams.Line]:
     """The JSON objects of a unit, each with its place."""
     path = unit.paths[0]
     if unit.kind == "array":
-        for index, element in enumerate(elements(head.blocks(path))):
+        for index, element in enumerate(head.array_elements(path, unit.layout.encoding)):
             yield index, element, False
     elif unit.kind == "object":
         yield 0, b"".join(head.blocks(path)), False

@@ -28,14 +28,15 @@ def is_url(path: str) -> bool:
 
 
 def compression(path: str) -> str:
-    """The last suffix if it is one of COMPRESSIONS, else nothing."""
-    name = _name(path)
+    """The last suffix, lower-case, if it is one of COMPRESSIONS, else nothing."""
+    name = _name(path).lower()
     return next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
 
 
 def content_suffix(path: str) -> str:
     """The suffix that tells what is inside, lower-case: `.jsonl` of `a.jsonl.gz`; nothing if the name has none."""
-    name = _name(path).removesuffix(compression(path))
+    name = _name(path)
+    name = name[: len(name) - len(compression(path))]
     return "." + name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
 
 

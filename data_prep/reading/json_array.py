@@ -11,6 +11,7 @@ ELEMENT_TOO_LONG = f"array element longer than {MAX_LINE_BYTES // 1024**2} MiB"
 # A JSON string holds no line end: one that meets a line end was cut off there. One that meets neither goes on in the
 # next block.
 _TOKEN = re.compile(rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*(?:(?P<end>")|(?P<cut>\\?\n))?|[\[\]{},]')
+_MAX_WAITING_BYTES = 16 * 1024 * 1024
 _LINE_START = re.compile(rb"\n[ \t]*\{\Z")
 
 
@@ -31,26 +32,38 @@ def elements(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 class _Array:
     def __init__(self) -> None:
-        self._buffer = b""
+        self._buffer = bytearray()
         self._start = 0  # of the element
         self._at = 0  # all tokens before this place have been seen
+        self._enough_bytes = 0  # behind that place, before it is looked at again
         self._depth = 0
         self._line_start: bytes | None = None  # what begins a line that begins an element, if that tells it
 
     def feed(self, block: bytes) -> Iterator[bytes]:
-        self._buffer, self._at, self._start = self._buffer[self._start :] + block, self._at - self._start, 0
-        for token in _TOKEN.finditer(self._buffer, self._at):
-            if self._goes_on(token):
-                self._at = token.start()
-                break
-            self._at = token.end()
-            if (element := self._take(token)) is not None:
-                yield element
+        del self._buffer[: self._start]
+        self._buffer += block
+        self._at, self._start = self._at - self._start, 0
+        if len(self._buffer) >= min(self._at + self._enough_bytes, MAX_LINE_BYTES):
+            yield from self._scan()
         if len(self._buffer) - self._start > MAX_LINE_BYTES:
             raise StreamError(ELEMENT_TOO_LONG)
 
+    def _scan(self) -> Iterator[bytes]:
+        self._enough_bytes = 0
+        for token in _TOKEN.finditer(self._buffer, self._at):
+            if self._goes_on(token):
+                self._at = token.start()
+                # Twice as much each time, lest a long string that comes in small blocks be looked through for each.
+                self._enough_bytes = min(2 * (len(self._buffer) - self._at), _MAX_WAITING_BYTES)
+                return
+            self._at = token.end()
+            if (element := self._take(token)) is not None:
+                yield element
+        self._at = len(self._buffer)
+
     def rest(self) -> Iterator[bytes]:
-        rest = self._buffer[self._start :].strip()
+        yield from self._scan()
+        rest = bytes(self._buffer[self._start :]).strip()
         if self._depth == 0 and not rest:
             return
         if self._depth == 1 and rest.endswith(b"}"):
@@ -85,7 +98,7 @@ class _Array:
         return None
 
     def _end_element(self, end: int, next_start: int, depth: int) -> bytes:
-        element = self._buffer[self._start : end].strip()
+        element = bytes(self._buffer[self._start : end]).strip()
         self._start, self._depth = next_start, depth
         return element
 

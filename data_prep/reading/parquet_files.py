@@ -1,40 +1,51 @@
 """Rows of parquet files as documents, one row group at a time."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from data_prep.reading import storage
 from data_prep.reading.field_template import BadRecordError
 from data_prep.reading.file_kinds import is_url
 from data_prep.reading.records import BadLine, Document, Unit, bad_line
-from data_prep.reading.storage import InputError
 
 ROWS_AT_ONCE = 256
 GROUP_STEP = 2**32
 """What one row group adds to the place of a document."""
+UNREADABLE = "unreadable parquet file"
 
 
-def row_groups(path: str) -> tuple[int, list[str]]:
-    """How many row groups the file has, and the names of its columns.
+class UnreadableError(ValueError):
+    """A file is no parquet file, or damaged where it tells of itself."""
+
+
+def row_groups(path: str) -> tuple[list[int], list[str]]:
+    """How many rows each row group of the file has, and the names of its columns.
 
     Raises:
-        InputError: it is no readable parquet file.
+        UnreadableError: it is no readable parquet file.
     """
     import pyarrow as pa
 
     try:
         with _open(path) as file:
-            return file.num_row_groups, file.schema_arrow.names
+            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            return groups, file.schema_arrow.names
     except (pa.ArrowException, OSError) as error:
         _raise_unless_content(error)
-        raise InputError(f"{path}: not a readable parquet file ({error}); repair it or leave it out") from error
+        raise UnreadableError(f"{path}: {UNREADABLE} ({error})") from error
 
 
 def read_rows(unit: Unit) -> Iterator[Document | BadLine]:
-    """Each row of the unit's row group is a document."""
-    extract, base = unit.layout.extractor(), unit.start * GROUP_STEP
-    columns = unit.layout.columns(row_groups(unit.paths[0])[1])
-    for index, row in enumerate(rows(unit.paths[0], unit.start, columns)):
+    """Each row of the unit's row group is a document; an unreadable file is one bad line."""
+    base = unit.start * GROUP_STEP
+    try:
+        found_rows = _rows_of_unit(unit)
+    except UnreadableError:
+        yield BadLine(0, 1, base, UNREADABLE)
+        return
+    extract = unit.layout.extractor()
+    for index, row in enumerate(found_rows):
         try:
             if isinstance(row, BadRecordError):
                 raise row
@@ -45,20 +56,38 @@ def read_rows(unit: Unit) -> Iterator[Document | BadLine]:
             yield Document(text, 0, base + index, index + 1, turns)
 
 
-def rows(path: str, group: int, columns: list[str] | None = None) -> Iterator[dict[str, Any] | BadRecordError]:
-    """The rows of a row group; in place of a row that cannot be read, and of all that follow a damage, the reason."""
+def _rows_of_unit(unit: Unit) -> Iterable[dict[str, Any] | BadRecordError]:
+    groups, columns = row_groups(unit.paths[0])
+    try:
+        return rows(unit.paths[0], unit.start, unit.layout.columns(columns))
+    except BadRecordError as error:
+        return itertools.repeat(error, groups[unit.start])
+
+
+def rows(path: str, group: int, columns: list[str]) -> Iterator[dict[str, Any] | BadRecordError]:
+    """These columns of the rows of a row group; in place of each row that cannot be read the reason."""
     import pyarrow as pa
 
+    num_rows = num_read = 0
+    reason = "unreadable row group"
     try:
         with _open(path) as file:
+            num_rows = file.metadata.row_group(group).num_rows
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
-                try:
-                    yield from batch.to_pylist()
-                except UnicodeDecodeError:
-                    yield from (_row(batch, index) for index in range(batch.num_rows))
+                yield from _rows_of_batch(batch)
+                num_read += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         _raise_unless_content(error)
-        yield BadRecordError(f"unreadable row group ({type(error).__name__})")
+        reason = f"{reason} ({type(error).__name__})"
+    # Those too that cannot be read are counted, so that the rows of later groups keep their numbers.
+    yield from itertools.repeat(BadRecordError(reason), num_rows - num_read)
+
+
+def _rows_of_batch(batch: Any) -> Iterable[dict[str, Any] | BadRecordError]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [_row(batch, index) for index in range(batch.num_rows)]
 
 
 def _row(batch: Any, index: int) -> dict[str, Any] | BadRecordError:
@@ -66,6 +95,8 @@ def _row(batch: Any, index: int) -> dict[str, Any] | BadRecordError:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return BadRecordError("invalid UTF-8")
+    except (ValueError, OverflowError):  # times beyond the years 1 to 9999, or to the nanosecond
+        return BadRecordError("a value that cannot be read")
 
 
 def _open(path: str) -> Any:

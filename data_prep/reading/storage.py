@@ -1,7 +1,11 @@
 """Files wherever they lie: local ones by plain `open`, those of s3://, gs://, hf://, https:// ... through fsspec."""
 
-import glob as local_glob
+import fnmatch
+import glob
 import hashlib
+import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +59,11 @@ def open_range(path: str) -> BinaryIO:
 def find(pattern: str) -> list[Found]:
     """The files that a pattern matches, sorted; a name with brackets is first taken as it stands.
 
+    `**` does not follow links to folders.
+
     Raises:
-        InputError: see `open_range`; or a server that does not tell the size of a file.
+        InputError: see `open_range`; a server that does not tell the size of a file; a folder that cannot be read; or
+            what matches is a link that leads nowhere, no regular file, or of a name that is not UTF-8.
     """
     return _find_remote(pattern) if is_url(pattern) else _find_local(pattern)
 
@@ -77,8 +84,69 @@ def identity(path: str) -> str:
 
 def _find_local(pattern: str) -> list[Found]:
     expanded = Path(pattern).expanduser()
-    names = [str(expanded)] if expanded.exists() else sorted(local_glob.glob(str(expanded), recursive=True))  # noqa: PTH207 - unlike Path.glob it takes absolute patterns
-    return [Found(name, Path(name).stat().st_size) for name in names if not Path(name).is_dir()]
+    names = {str(expanded)} if os.path.lexists(expanded) else _matching(expanded)
+    found = [(name, _checked(name)) for name in sorted(names)]
+    return [Found(name, status.st_size) for name, status in found if not stat.S_ISDIR(status.st_mode)]
+
+
+def _matching(pattern: Path) -> set[str]:
+    """What a pattern matches, part by part; links to folders are followed only where the pattern crosses one folder."""
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    places = {pattern.anchor or "."}
+    for number, part in enumerate(parts, start=1):
+        if part == "**":
+            is_last = number == len(parts)
+            places |= {entry.path for place in places for entry in _below(place) if is_last or _is_folder(entry)}
+        elif not glob.has_magic(part):
+            joined = (os.path.join(place, part) for place in places)  # noqa: PTH118 - Path drops the dot in front
+            places = {name for name in joined if os.path.lexists(name)}
+        else:
+            fits = re.compile(fnmatch.translate(part)).match
+            entries = (entry for place in places for entry in _entries(place, with_hidden=part.startswith(".")))
+            places = {entry.path for entry in entries if fits(entry.name)}
+    return {place.removeprefix("./") for place in places}
+
+
+def _below(folder: str) -> Iterator["os.DirEntry[str]"]:
+    """All that is below a folder, but for what is hidden or behind links."""
+    for entry in _entries(folder):
+        yield entry
+        if _is_folder(entry):
+            yield from _below(entry.path)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_dir(follow_symlinks=False)
+
+
+def _entries(folder: str, *, with_hidden: bool = False) -> list["os.DirEntry[str]"]:
+    try:
+        if not Path(folder).is_dir():
+            return []
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if with_hidden or not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot read the folder ({error.strerror or error}); make it readable, or choose a pattern that "
+            "leaves it out"
+        ) from error
+
+
+def _checked(name: str) -> os.stat_result:
+    """The status of a file or folder that can be used."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name!r}: the name is not UTF-8; rename the file or its folder") from error
+    try:
+        status = os.stat(name)  # noqa: PTH116
+    except OSError as error:
+        remedy = "restore what it leads to, or remove the link" if Path(name).is_symlink() else "make it readable"
+        what = "a link that leads nowhere" if Path(name).is_symlink() else "cannot read the input file"
+        raise InputError(f"{name}: {what} ({error.strerror or error}); {remedy}") from error
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{name}: no regular file but a pipe, socket or device; copy what it gives into a file")
+    return status
 
 
 def _find_remote(pattern: str) -> list[Found]:

@@ -16,6 +16,8 @@ LINE_TOO_LONG = f"line longer than {MAX_LINE_BYTES // 1024**2} MiB"
 _READ_BYTES = 1024 * 1024
 # Small, because 64 KiB of gzip can hold 64 MiB of text.
 _COMPRESSED_READ_BYTES = 64 * 1024
+# Four bytes of zstandard can hold 128 KiB.
+_ZST_STEP_BYTES = 512
 HEAD_BYTES = 200
 """Of what is left out, so many bytes are kept to be looked at."""
 
@@ -77,26 +79,47 @@ def lines(blocks: Iterable[bytes], offset: int = 0, stop: int = sys.maxsize) -> 
 
 
 def decompressed(path: str) -> Iterator[bytes]:
-    """The content of a .gz or .zst file, in blocks.
+    """The content of a .gz or .zst file, in blocks of at most 64 MiB; zero bytes behind a member of gzip are padding.
 
     Raises:
         StreamError: see `compressed_lines`.
     """
-    suffix = compression(path)
-    decoder = _new_decoder(suffix)  # at once, so that an empty file counts as a truncated one
     with storage.open_range(path) as file:
-        while raw := file.read(_COMPRESSED_READ_BYTES):
-            while raw:
+        yield from _joined(_decoded(iter(partial(file.read, _COMPRESSED_READ_BYTES), b""), compression(path)))
+
+
+def _decoded(compressed: Iterable[bytes], suffix: str) -> Iterator[bytes]:
+    step_bytes = _ZST_STEP_BYTES if suffix == ".zst" else _COMPRESSED_READ_BYTES
+    decoder = _new_decoder(suffix)  # at once, so that an empty file counts as a truncated one
+    for raw in compressed:
+        for start in range(0, len(raw), step_bytes):
+            rest = raw[start : start + step_bytes]
+            # A file may hold several members or frames, one behind the other.
+            while rest := rest.lstrip(b"\0") if decoder is None and suffix == ".gz" else rest:
                 decoder = decoder or _new_decoder(suffix)
                 try:
-                    block = decoder.decompress(raw)
+                    yield decoder.decompress(rest)
                 except (zlib.error, zstandard.ZstdError) as error:
                     raise StreamError(f"damaged {suffix} stream") from error
-                yield block
-                # A file may hold several members or frames, one behind the other.
-                raw, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+                rest, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
     if decoder is not None:
         raise StreamError(f"truncated {suffix} stream")
+
+
+def _joined(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of some size, because each costs its readers time; before an error all that came."""
+    parts, held_bytes = list[bytes](), 0
+    try:
+        for block in blocks:
+            parts.append(block)
+            held_bytes += len(block)
+            if held_bytes >= _READ_BYTES:
+                yield b"".join(parts)
+                parts, held_bytes = [], 0
+    except StreamError:
+        yield b"".join(parts)
+        raise
+    yield b"".join(parts)
 
 
 def _after_line_end(file: BinaryIO, start: int, stop: int) -> int:

@@ -32,10 +32,13 @@ class Layout:
     """Template of what the user says."""
     answer: str = ""
     """Template of what the assistant says to it."""
+    kind: Literal["", "code"] = ""
+    """What the texts are, where the layout tells it."""
     encoding: str = "utf-8"
     """Encoding of text and JSON files."""
     split: Split = "file"
-    """What one document of a .txt file is: the file, a line, or a paragraph (what stands between blank lines)."""
+    """What one document of a .txt, .md or .rst file is: the file, a line, or a paragraph (what stands between blank
+    lines)."""
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -92,19 +95,26 @@ class Layout:
         Raises:
             BadRecordError: one that it needs is not there.
         """
-        templates = [Template(template) for template in (self.text, self.question, self.answer) if template]
-        needed = [names for template in templates for names in template.columns()]
-        wanted = {name for template in templates for name in template.all_columns()}
-        if self.turns:
-            needed, wanted = [tuple(self.turns.split("|"))], {*self.turns.split("|"), "system"}
-        for names in needed:
+        needed = [names for template in self._templates() for names in template.columns()]
+        for names in [tuple(self.turns.split("|"))] if self.turns else needed:
             if not set(names) & set(present):
                 raise BadRecordError(f"no column {' or '.join(map(repr, names))}")
+        wanted = self.fields()
         return [name for name in present if name in wanted]
+
+    def fields(self) -> set[str]:
+        """The top-level names of a record that the layout looks at; if it is "auto", those that tell which fits."""
+        if self.is_auto:
+            return {*_TELLING_FIELDS, *(name for layout in DETECTABLE for name in PRESETS[layout].fields())}
+        if self.turns:
+            return {*self.turns.split("|"), "system"}
+        return {name for template in self._templates() for name in template.all_columns()}
 
     def detected(self, record: dict[str, Any]) -> "Layout | None":
         """The first of DETECTABLE that makes a document of the record, with this one's encoding and split."""
         for name in DETECTABLE:
+            if name in _TELLING and not any(field in record for field in _TELLING[name]):
+                continue
             layout = dataclasses.replace(PRESETS[name], encoding=self.encoding, split=self.split)
             try:
                 layout.extractor()(record)
@@ -112,6 +122,9 @@ class Layout:
                 continue
             return layout
         return None
+
+    def _templates(self) -> list[Template]:
+        return [Template(template) for template in (self.text, self.question, self.answer) if template]
 
 
 def _conversation(record: dict[str, Any], names: list[str]) -> Extracted:
@@ -137,7 +150,7 @@ PRESETS = {
         Layout(name="wikipedia", text="{title?}\n{text|completion}"),
         Layout(name="wanjuan-text", text="{title?}\n{content|paragraphs[]}"),
         Layout(name="baike", text="{title}\n{summary?}\n{sections[].title/content?}"),
-        Layout(name="starcoder", text="{content}"),
+        Layout(name="starcoder", text="{content}", kind="code"),
         Layout(name="messages", turns="messages|conversations|conversation"),
         Layout(name="sharegpt", turns="conversations|conversation|messages"),
         Layout(name="moss", turns="chat|conversation"),
@@ -149,7 +162,13 @@ PRESETS = {
     )
 }
 DETECTABLE = (
-    *("messages", "sharegpt", "moss", "belle", "firefly", "zhihu", "text", "qa", "baidu-qa", "wikipedia"),
-    *("baike", "wanjuan-text", "starcoder"),
+    *("messages", "sharegpt", "moss", "belle", "firefly", "zhihu", "qa", "baidu-qa", "wikipedia", "text"),
+    *("starcoder", "wanjuan-text", "baike"),
 )
-"""In which order "auto" tries: what asks for more fields before what would be content with some of them."""
+"""In which order "auto" tries: what takes more fields before what would be content with some of them."""
+_TELLING = {
+    "starcoder": ("max_stars_repo_path", "max_stars_repo_name", "max_stars_count", "hexsha"),
+    "baike": ("summary", "sections"),
+}
+"""Of these fields a record must have one for "auto" to find the layout: what the others say, many records would fit."""
+_TELLING_FIELDS = tuple(name for names in _TELLING.values() for name in names)

@@ -29,20 +29,20 @@ def read_text_lines(unit: Unit) -> Iterator[Document | BadLine]:
     """Each line is a document; blank ones are passed over and not counted."""
     path = unit.paths[0]
     if compression(path):
-        yield from _read_pieces(unit, _without_blank(streams.compressed_lines(path)))
+        yield from _read_pieces(unit, _without_blank(unit, streams.compressed_lines(path)))
         return
     with storage.open_range(path) as file:
-        yield from _read_pieces(unit, _without_blank(streams.range_lines(file, unit.start, unit.stop)))
+        yield from _read_pieces(unit, _without_blank(unit, streams.range_lines(file, unit.start, unit.stop)))
 
 
 def read_paragraphs(unit: Unit) -> Iterator[Document | BadLine]:
     """What stands between blank lines is a document."""
     path = unit.paths[0]
     if compression(path):
-        yield from _read_pieces(unit, _paragraphs(streams.compressed_lines(path)))
+        yield from _read_pieces(unit, _paragraphs(unit, streams.compressed_lines(path)))
         return
     with storage.open_range(path) as file:
-        yield from _read_pieces(unit, _paragraphs(streams.range_lines(file, 0, unit.stop)))
+        yield from _read_pieces(unit, _paragraphs(unit, streams.range_lines(file, 0, unit.stop)))
 
 
 def _read_pieces(unit: Unit, pieces: Iterable[Line]) -> Iterator[Document | BadLine]:
@@ -62,15 +62,20 @@ def _read_pieces(unit: Unit, pieces: Iterable[Line]) -> Iterator[Document | BadL
         yield BadLine(0, number + 1, offset, str(error))
 
 
-def _without_blank(lines: Iterable[Line]) -> Iterator[Line]:
-    return (line for line in lines if line[1] and not line[1].isspace())
+def _without_blank(unit: Unit, lines: Iterable[Line]) -> Iterator[Line]:
+    return (line for line in lines if not _is_blank(line[1], unit.layout.encoding))
 
 
-def _paragraphs(lines: Iterable[Line]) -> Iterator[Line]:
+def _is_blank(content: bytes, encoding: str) -> bool:
+    """Whether a line is empty or of nothing but white space, of which Unicode knows more than ASCII."""
+    return not content or content.isspace() or content.decode(encoding, "replace").isspace()
+
+
+def _paragraphs(unit: Unit, lines: Iterable[Line]) -> Iterator[Line]:
     """Lines joined; one that is too long, or would make its paragraph so, makes the paragraph a cut one."""
     start, parts, size_bytes, is_cut = 0, list[bytes](), 0, False
     for offset, content, is_line_cut in lines:
-        if not content or content.isspace():
+        if _is_blank(content, unit.layout.encoding):
             if parts:
                 yield start, b"\n".join(parts), is_cut
             parts, size_bytes, is_cut = [], 0, False

@@ -17,6 +17,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 EOS_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Tried in this order; the end of a chat turn comes last, because base models end documents with the others."""
 
+NO_TEXT = "no text to train on: the input is empty, or the filters and bad lines left nothing of it"
+
 
 class Tokenizer:
     """A vocabulary with an end-of-document token; texts are always encoded as ordinary text."""
@@ -153,7 +155,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     A small corpus may yield fewer tokens than asked for. Up to 65,536 tokens, ids take two bytes each.
 
     Raises:
-        TokenizerError: vocab_size leaves no room for the 256 bytes and the special tokens.
+        TokenizerError: vocab_size leaves no room for the 256 bytes and the special tokens, or there is no text.
     Cost: 0.1 s per MB of text for counting its words, then about 1 s for 32,000 tokens.
     """
     return train_bpe_from_counts(byte_pairs.count_words(texts), vocab_size)
@@ -164,6 +166,8 @@ def train_bpe_from_counts(counts: Mapping[str, int], vocab_size: int) -> Tokeniz
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise TokenizerError(f"vocab_size = {vocab_size}: a byte-level BPE needs at least {smallest}")
+    if not counts:
+        raise TokenizerError(NO_TEXT)
     raw = byte_pairs.learn(counts, vocab_size, SPECIAL_TOKENS)
     return Tokenizer(load_backend(raw, JSON_FILE), raw, eos_id=SPECIAL_TOKENS.index("<|endoftext|>"))
 

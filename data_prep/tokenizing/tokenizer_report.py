@@ -4,7 +4,7 @@
 
 Columns: bytes and characters per token (compression: more is better); tokens per word (fertility: fewer is better; each
 Chinese or Japanese character counts as a word); the share of tokens that are parts of characters; the share of the
-vocabulary that occurs; tokens that stand for what the vocabulary cannot express.
+vocabulary that occurs; what it cannot express: tokens that stand for it, and characters that vanish without one.
 Exit codes: 0 done, 64 no "--" between tokenizers and files, 65 bad data or no tokenizer, 74 cannot read.
 """
 
@@ -18,10 +18,11 @@ import numpy as np
 
 from data_prep.looking import text_table
 from data_prep.tokenizing.encoders import fastest_encoder
+from data_prep.tokenizing.spelling import num_vanished
 from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 MAX_LANGUAGE_BYTES = 8_000_000
-"""The command line reads at most so much of each language."""
+"""The command line takes so much of each language, and passes over no more than that of what it has enough of."""
 _SPACELESS = "\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 """A character of a script without spaces, or a run of other letters, digits and underscores."""
@@ -39,7 +40,8 @@ class Row:
     num_tokens: int
     num_partial_tokens: int
     """Tokens whose bytes alone are not whole characters."""
-    num_unknown_tokens: int
+    num_unknown: int
+    """Tokens that stand for what the vocabulary cannot express, and characters that vanish without one."""
     num_used_tokens: int
     """Different ids that occur."""
     vocab_size: int
@@ -77,7 +79,7 @@ def report(tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[str]],
         TokenizerError: the kind of tokenizer does not tell which bytes its tokens stand for.
     """
     is_partial = np.array([not _is_text(content) for content in tokenizer.token_contents()])
-    encoder = fastest_encoder(tokenizer)
+    encoder, unknown_id = fastest_encoder(tokenizer), tokenizer.unknown_id
     name = str(tokenizer.file or tokenizer.digest[:8]) if name is None else name
     rows: list[Row] = []
     for language, texts in texts_by_language.items():
@@ -93,7 +95,7 @@ def report(tokenizer: Tokenizer, texts_by_language: Mapping[str, Sequence[str]],
                 num_words=sum(len(_WORD.findall(text)) for text in texts),
                 num_tokens=int(counts.sum()),
                 num_partial_tokens=int(counts[is_partial].sum()),
-                num_unknown_tokens=0 if tokenizer.unknown_id is None else int(counts[tokenizer.unknown_id]),
+                num_unknown=num_vanished(tokenizer, texts) + (0 if unknown_id is None else int(counts[unknown_id])),
                 num_used_tokens=int(np.count_nonzero(counts)),
                 vocab_size=tokenizer.vocab_size,
             )
@@ -115,7 +117,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.tokens_per_word:.3f}",
             f"{row.partial_fraction:.2%}",
             f"{row.used_fraction:.1%}",
-            f"{row.num_unknown_tokens:,}",
+            f"{row.num_unknown:,}",
         )
         for row in sorted(rows, key=lambda row: languages.index(row.language))
     ]
@@ -123,7 +125,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def read_texts(patterns: Sequence[str], max_language_bytes: int = MAX_LANGUAGE_BYTES) -> dict[str, list[str]]:
-    """Texts of files by language, at most so many bytes of each.
+    """Texts of files by language, at most so many bytes of each, and one text.
+
+    A unit of the input is left when an equal share of as many bytes is passed over in it, in languages of which there
+    is enough: another language can still be found behind them, but a large input is not read to its end.
 
     Raises:
         InputError: no such file, or one that cannot be read.
@@ -139,14 +144,21 @@ def read_texts(patterns: Sequence[str], max_language_bytes: int = MAX_LANGUAGE_B
     cleaner = Cleaner(CleanConfig())
     texts: dict[str, list[str]] = {}
     num_bytes: dict[str, int] = {}
-    for unit in plan_units(find_inputs(patterns), Layout.named("auto")):
+    units = plan_units(find_inputs(patterns), Layout.named("auto"))
+    for unit in units:
+        rest_bytes = max_language_bytes / len(units)
         for item in read_unit(unit):
             if isinstance(item, BadLine):
                 continue
             language = cleaner.language(item.text, kind_of(unit.paths[item.file], "prose"))
+            text_bytes = len(item.text.encode("utf-8"))
             if num_bytes.setdefault(language, 0) < max_language_bytes:
                 texts.setdefault(language, []).append(item.text)
-                num_bytes[language] += len(item.text.encode("utf-8"))
+                num_bytes[language] += text_bytes
+                continue
+            rest_bytes -= text_bytes
+            if rest_bytes <= 0:
+                break
     return dict(sorted(texts.items()))
 
 

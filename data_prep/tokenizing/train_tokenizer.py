@@ -21,7 +21,7 @@ import tyro
 
 from data_prep import publish
 from data_prep.tokenizing.backends import MODEL_FILE, TokenizerError, load_backend
-from data_prep.tokenizing.tokenizer import Tokenizer, train_bpe
+from data_prep.tokenizing.tokenizer import NO_TEXT, Tokenizer, train_bpe
 
 Algorithm = Literal["bpe", "sentencepiece-bpe", "sentencepiece-unigram"]
 UNKNOWN, END = "<unk>", "</s>"
@@ -37,7 +37,7 @@ def train(texts: Iterable[str], algorithm: Algorithm, vocab_size: int) -> Tokeni
     """Train a tokenizer; equal texts in equal order give equal files.
 
     Raises:
-        TokenizerError: the vocabulary is too small for the algorithm, or too large for the texts.
+        TokenizerError: there is no text, or the vocabulary is too small for the algorithm, or too large for the texts.
     """
     if algorithm == "bpe":
         return train_bpe(texts, vocab_size)
@@ -95,12 +95,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _explain(vocab_size: int, error: RuntimeError) -> NoReturn:
     """What the trainer's message means for the user."""
     message = str(error)
+    if "!sentences_.empty()" in message:
+        raise TokenizerError(NO_TEXT) from error
     if too_many := re.search(r"Vocabulary size too high.* <= (\d+)", message):
         reason = f"this text yields at most {too_many[1]} tokens; give more text, or ask for fewer tokens"
     elif too_few := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         reason = f"marks, bytes and the characters of this text need at least {too_few[1]}"
-    elif "!sentences_.empty()" in message:
-        reason = "there is no text to train on"
     else:
         reason = message
     raise TokenizerError(f"vocab_size = {vocab_size}: {reason}") from error
@@ -134,8 +134,12 @@ def train_tokenizer(
 
     if not files:
         raise TokenizerError("no files to train on; name some after OUT")
+    if training_bytes < 1:
+        raise TokenizerError(f"training_bytes = {training_bytes}: must be positive")
     units = plan_units(find_inputs(files), Layout.named("auto"))
-    sample = training_sample.texts(units, training_bytes, 0, Cleaner(CleanConfig()))
+    sample = training_sample.texts(
+        [(unit, "auto") for unit in units], training_bytes, 0, Cleaner(CleanConfig()), exact=True
+    )
     trained = train(sample, algorithm, vocab_size)
     publish.make_folder(out)
     name = trained.save(out)

@@ -79,6 +79,22 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_advice(kind: str):
         list(running.run(die, [0]))
 
 
+def square_or_die(number: int) -> int:
+    if number == 0:
+        time.sleep(0.05)  # others end meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_a_task_that_kills_workers_is_given_up_however_many_others_succeed(monkeypatch: pytest.MonkeyPatch):
+    restarts: list[int] = []
+    restart = engine.Engine._restart
+    monkeypatch.setattr(engine.Engine, "_restart", lambda self: restarts.append(1) or restart(self))
+    with engine.started(config("pool"), 60) as running, pytest.raises(WorkerDiedError):
+        list(running.run(square_or_die, range(60)))
+    assert len(restarts) < engine.MAX_DEATHS
+
+
 def test_an_automatic_engine_is_inline_for_one_task_a_pool_for_few_and_dask_for_many():
     with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 1) as running:
         assert running.name == "this process"

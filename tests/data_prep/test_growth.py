@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
 
 from data_prep import documents_table, generations, manifest, publish
 from data_prep.cleaning.clean_config import CleanConfig
+from data_prep.config_file import ConfigError
 from data_prep.duplicates.dedup_config import DecontaminateConfig, DedupConfig
 from data_prep.engine import EngineConfig
 from data_prep.manifest import read_manifest
-from data_prep.pipeline import main, prepare
+from data_prep.pipeline import OutputError, main, prepare
 from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_prep.reading.documents import InputError
 from data_prep.shards import open_tokens, verify_payload
+from data_prep.tokenizing.backends import TokenizerError
 from data_prep.tokenizing.tokenizer import load_tokenizer
 
 WORDS = [f"{a}{b}" for a in ("ba", "ko", "li", "mu", "ne", "ro", "si", "tu", "va", "wo") for b in "bcdfghjklm"]
@@ -130,14 +132,59 @@ def test_a_file_that_moved_or_is_gone_changes_nothing(tmp_path: Path, capsys: py
     assert contents(tmp_path / "data") == before
 
 
-def test_new_files_with_nothing_new_in_them_are_refused_and_change_nothing(tmp_path: Path):
+@pytest.mark.parametrize("added", [[], [text(i) for i in range(7)]], ids=["nothing", "repetitions"])
+def test_new_files_with_nothing_new_in_them_are_noted_and_not_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], added: list[str]
+):
+    write_lines(tmp_path / "a.jsonl", [text(i) for i in range(30)])
+    first = prepare(config_for(tmp_path))
+    write_lines(tmp_path / "b.jsonl", added)
+    assert prepare(config_for(tmp_path)) == first
+    assert [row["verdict"] for row in table(tmp_path / "data", 1)] == ["exact duplicate"] * len(added)
+    capsys.readouterr()
+    assert prepare(config_for(tmp_path)) == first
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_was_changed_is_not_used_for_more(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", [text(i) for i in range(30)])
     prepare(config_for(tmp_path))
-    before = contents(tmp_path / "data")
-    write_lines(tmp_path / "b.jsonl", [text(i) for i in range(7)])
-    with pytest.raises(InputError, match="all 7 documents repeat older ones"):
+    with (tmp_path / "data" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    write_lines(tmp_path / "b.jsonl", [text(99)])
+    with pytest.raises(OutputError, match=r"tokenizer\.json: not the tokenizer that made the shards"):
         prepare(config_for(tmp_path))
-    assert contents(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize("near", ["off", "simhash", None])
+def test_folders_that_cannot_be_compared_with_are_refused_at_once(tmp_path: Path, near: str | None):
+    write_lines(tmp_path / "a.jsonl", [text(i) for i in range(30)])
+    if near is not None:
+        other = dataclasses.replace(config_for(tmp_path, folder=str(tmp_path / "old")), dedup=DedupConfig(near=near))
+        prepare(other)
+    config = dataclasses.replace(config_for(tmp_path), dedup=DedupConfig(against=(str(tmp_path / "old"),)))
+    with pytest.raises(ConfigError, match="prepared with other" if near else "is not a data folder"):
+        prepare(config)
+
+
+def test_other_weights_change_the_proposed_mixture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [text(ord(name) * 1000 + i) for i in range(40)])
+
+    def weighted(weight: float) -> PrepareConfig:
+        sources = {name: SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),)) for name in "ab"}
+        sources["a"] = dataclasses.replace(sources["a"], weight=weight)
+        return dataclasses.replace(config_for(tmp_path), input=InputConfig(), sources=sources)
+
+    prepare(weighted(0.3))
+    before = contents(tmp_path / "data")
+    prepare(weighted(0.9))
+    assert "mixture.toml was written anew" in capsys.readouterr().out
+    after = contents(tmp_path / "data")
+    assert [name for name in after if after[name] != before[name]] == ["mixture.toml"]
+    assert b"a=0.9 b=0.1" in after["mixture.toml"]
+    with pytest.raises(ConfigError, match="add up to 1 and leave nothing for the others"):
+        weighted(1.0)
 
 
 def test_two_files_of_equal_content_give_their_documents_once(tmp_path: Path):
@@ -182,6 +229,8 @@ def test_an_append_that_breaks_off_is_completed_by_the_next_run(
     prepare(config_for(tmp_path))
     made = read_manifest(tmp_path / "data")
     assert texts_of(tmp_path / "data") == sorted(text(i) for i in [*range(30), *range(50, 90)])
+    assert "0001" in (tmp_path / "data" / "report.html").read_text()
+    assert not (tmp_path / "data.work").exists()
     assert {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.bin")} == {
         record.file for record in made.shards
     }
@@ -210,6 +259,31 @@ def test_several_sources_share_a_folder_a_tokenizer_and_a_mixture(tmp_path: Path
     assert lines == ["[data]", f"paths = [{folder}]", 'mixture = ["web=0.8 code=0.2"]', 'max_epochs = ["code=4"]']
     rows = table(tmp_path / "data", 0)
     assert {(row["source"], row["language"]) for row in rows} >= {("code", "code")}
+
+
+def test_a_source_can_be_added_later_and_left_out(tmp_path: Path):
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [text(ord(name) * 1000 + i) for i in range(40)])
+    sources = {name: SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),)) for name in "ab"}
+    base = dataclasses.replace(config_for(tmp_path), input=InputConfig())
+    prepare(dataclasses.replace(base, sources={"a": sources["a"]}))
+    made = prepare(dataclasses.replace(base, sources=sources))
+    assert {record.source for record in made.shards} == {"a", "b"}
+    assert prepare(dataclasses.replace(base, sources={"b": sources["b"]})) == made
+    other = dataclasses.replace(sources["b"], kind="code")
+    with pytest.raises(OutputError, match="source b was"):
+        prepare(dataclasses.replace(base, sources={"b": other}))
+
+
+def test_a_tokenizer_that_cannot_spell_the_input_is_refused(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", [text(i) for i in range(30)])
+    vocabulary = {"[UNK]": 0, "</s>": 1, **{letter: 2 + i for i, letter in enumerate("abcdef ")}}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    config = dataclasses.replace(
+        config_for(tmp_path), tokenizer=TokenizerConfig(path=str(tmp_path / "tokenizer.json"), eos_token="</s>")
+    )
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot spell \d+% of the input's characters"):
+        prepare(config)
 
 
 def test_what_another_data_folder_holds_is_not_taken_again(tmp_path: Path):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from data_prep.engine import EngineConfig
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipeline import OutputError, main, prepare
 from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, TokenizerConfig
-from data_prep.reading.documents import InputError
+from data_prep.reading.documents import InputError, read_unit
 from data_prep.shards import open_tokens, read_header, verify_payload
 from data_prep.tokenizing.tokenizer import load_tokenizer
 
@@ -194,13 +195,13 @@ def test_bad_lines_below_the_limit_are_left_out_and_listed(
 
 def test_bad_lines_above_the_limit_stop_the_run_with_reasons_and_places(config: PrepareConfig, tmp_path: Path):
     path = tmp_path / "a.jsonl"
-    path.write_text(path.read_text(encoding="utf-8") + "\n" * 4 + "{\n", encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8") + "{\n" * 4 + "5\n", encoding="utf-8")
     with pytest.raises(
         InputError, match=r"text: 5 of 205 lines are bad \(2\.4%\), above engine\.max_bad_fraction"
     ) as caught:
         prepare(config)
-    assert f"4 x blank line, e.g. {path}:201, {path}:202, {path}:203\n" in str(caught.value)
-    assert f"1 x invalid JSON, e.g. {path}:205" in str(caught.value)
+    assert f"4 x invalid JSON, e.g. {path}:201, {path}:202, {path}:203\n" in str(caught.value)
+    assert f"1 x not a JSON object, e.g. {path}:205" in str(caught.value)
     assert not (tmp_path / "data").exists()
 
 
@@ -260,11 +261,84 @@ def test_a_failure_leaves_the_folder_as_it_was_and_the_work_for_the_next_run(
 
 
 def test_two_preparations_of_one_folder_do_not_run_at_once(config: PrepareConfig, tmp_path: Path):
+    elsewhere = dataclasses.replace(config.engine, work_folder=str(tmp_path / "elsewhere"))
     with (
-        work_area.opened(tmp_path / "data.work"),
+        work_area.opened(tmp_path / "data"),
         pytest.raises(work_area.WorkAreaError, match=rf"is running \(process {os.getpid()} on .*--output\.folder"),
     ):
-        prepare(config)
+        prepare(dataclasses.replace(config, engine=elsewhere))
+
+
+def test_a_work_folder_keeps_what_is_not_ours(config: PrepareConfig, tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    (scratch / "mine").mkdir(parents=True)
+    (scratch / "mine" / "thesis.txt").write_text("years of work")
+    prepare(dataclasses.replace(config, engine=dataclasses.replace(config.engine, work_folder=str(scratch))))
+    assert [path.name for path in scratch.rglob("*")] == ["mine", "thesis.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data", "scratch"]
+
+
+def test_a_source_that_is_misread_is_refused_before_all_of_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"words": "{i}"}}\n' for i in range(40_000)))
+    (tmp_path / "good.jsonl").write_text('{"text": "something to train a tokenizer on"}\n' * 9)
+    read: list[int] = []
+    monkeypatch.setattr(unit_step, "read_unit", lambda unit: read.append(1) or read_unit(unit))
+    engine = EngineConfig(num_workers=0, unit_bytes=20_000)
+    layout = InputConfig(paths=(str(tmp_path / "*.jsonl"),), layout="text")
+    with pytest.raises(InputError, match=r"text: 1\d,\d{3} of 1\d,\d{3} lines are bad"):
+        prepare(dataclasses.replace(config_for(tmp_path), engine=engine, input=layout))
+    assert len(read) < 20  # of more than forty
+    (tmp_path / "good.jsonl").unlink()
+    with pytest.raises(
+        InputError, match=r"no documents.*of its first 10,000 lines:\n  10,000 x no field 'text', e\.g\."
+    ):
+        prepare(dataclasses.replace(config_for(tmp_path), engine=engine, input=layout))
+
+
+def test_more_units_than_files_may_be_open(tmp_path: Path):
+    for number in range(150):
+        write_lines(tmp_path / f"{number:03d}.jsonl", [f"text {number} " + "word " * 30])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        made = prepare(dataclasses.replace(config_for(tmp_path), dedup=DedupConfig(threshold=1.0)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sum(record.document_count for record in made.shards) == 150
+
+
+def test_bad_files_are_listed_in_one_order_whatever_the_units(tmp_path: Path):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_bytes(b"\xff" * 5 if name in "ac" else f"{name} good text".encode())
+        (tmp_path / f"{name}2.txt").write_bytes(b"ok\n" * 3 + b"\xff")
+    listed = []
+    for unit_bytes in (1, 10, 1000):
+        base = config_for(tmp_path, folder=str(tmp_path / f"data{unit_bytes}"), validation_fraction=0.0)
+        engine = EngineConfig(num_workers=0, max_bad_fraction=1, unit_bytes=unit_bytes)
+        prepare(dataclasses.replace(base, engine=engine, input=InputConfig(paths=(str(tmp_path / "*.txt"),))))
+        listed.append((tmp_path / f"data{unit_bytes}" / "generations" / "0000" / "bad_lines.jsonl").read_text())
+    assert len(listed[0].splitlines()) == 6
+    assert listed[0] == listed[1] == listed[2]
+
+
+def test_empty_files_and_blank_lines_are_listed_but_do_not_stop_a_run(tmp_path: Path):
+    for number in range(20):
+        (tmp_path / f"{number}.py").write_text("" if number % 2 else f"def f{number}(): return {number}\n")
+    config = dataclasses.replace(config_for(tmp_path), input=InputConfig(paths=(str(tmp_path / "*.py"),)))
+    assert sum(record.document_count for record in prepare(config).shards) == 10
+    listed = (tmp_path / "data" / "generations" / "0000" / "bad_lines.jsonl").read_text().splitlines()
+    assert len(listed) == 10
+
+
+def test_relative_paths_mean_the_same_everywhere(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    made = prepare(dataclasses.replace(config, input=InputConfig(paths=("*.jsonl",))))
+    listed = json.loads((tmp_path / "data" / "generations" / "0000" / "inputs.json").read_text())["files"]
+    assert [name for _, name, _ in listed] == ["a.jsonl"]
+    monkeypatch.chdir("/")
+    assert prepare(config) == made  # the same content under its absolute name
 
 
 @pytest.mark.parametrize(
@@ -357,7 +431,7 @@ def test_another_filter_or_tokenizer_gives_another_result(config: PrepareConfig,
         made = prepare(dataclasses.replace(config, output=output, **change))
         assert made.shards != first.shards
         assert sum(r.document_count for r in made.shards) == sum(
-            len(text) >= 60 or "tokenizer" in change for text in TEXTS
+            len(text.encode()) >= 60 or "tokenizer" in change for text in TEXTS
         )
 
 

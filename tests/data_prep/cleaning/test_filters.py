@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.cleaning import filters
+from data_prep.cleaning import text_profile
 from data_prep.cleaning.clean import Cleaner
 from data_prep.cleaning.clean_config import DEFAULT_FILTERS, OTHER_FILTERS, CleanConfig
-from data_prep.cleaning.filters import FILTERS, Profile
+from data_prep.cleaning.filters import FILTERS
+from data_prep.cleaning.text_profile import Profile
 
 ENGLISH = """The lighthouse at the mouth of the river was built in the year of the great storm, when ten ships were lost
 within sight of the harbour. For a long time nobody wanted to live there, because the wind never stopped and the road
@@ -109,6 +110,40 @@ POEM = """两个黄鹂鸣翠柳，
 孤帆远影碧空尽，
 唯见长江天际流。
 """
+FINNISH = """Suomen tasavallan perustuslain mukaan lainsäädäntövaltaa käyttää eduskunta, joka päättää myös
+valtiontaloudesta. Hallitusvaltaa käyttävät tasavallan presidentti sekä valtioneuvosto, jonka jäsenten tulee nauttia
+eduskunnan luottamusta. Tuomiovaltaa käyttävät riippumattomat tuomioistuimet, ylimpinä tuomioistuimina korkein oikeus ja
+korkein hallinto-oikeus. Kansalaisten perusoikeudet turvataan yhdenvertaisuusperiaatteen mukaisesti kaikissa
+viranomaistoiminnoissa ja oikeudenkäynneissä. Ympäristönsuojelulainsäädäntö edellyttää kestävän kehityksen
+huomioonottamista kaikissa rakennushankkeissa.
+"""
+GERMAN = """Die Krankenversicherungsbeiträge werden vom Rentenversicherungsträger einbehalten und an den
+Gesundheitsfonds weitergeleitet. Arbeitnehmerinnen und Arbeitnehmer entrichten Sozialversicherungsbeiträge nach ihrer
+Leistungsfähigkeit. Die Beitragsbemessungsgrenze begrenzt beitragspflichtige Einnahmen; was darüber liegt, bleibt
+unberücksichtigt. Auch Beschäftigungsverhältnisse von kurzer Dauer begründen Leistungsansprüche gegenüber der
+Bundesagentur, sofern die Anwartschaftszeiten erfüllt wurden und die übrigen Leistungsvoraussetzungen nachgewiesen
+werden können.
+"""
+NAMES = [
+    "birch",
+    "maple",
+    "cedar",
+    "aspen",
+    "larch",
+    "hazel",
+    "rowan",
+    "alder",
+    "beech",
+    "olive",
+    "lemon",
+    "peach",
+    "plum",
+]
+TABLE = """The runs of the machine, with what they took and what came out; read them with care.
+
+| name | wood | side | good | time |
+|------|------|------|------|------|
+""" + "".join(f"| {name} | {name[::-1]} | {name[1:]} | {name[:3]} | {name[2:]} |\n" for name in NAMES)
 
 ENDINGS = ["er", "el", "ing", "at"]
 FRESH_WORDS = ["".join(parts) for parts in itertools.product("bdfgklmnprst", "aeiou", ["nd", "st", "r", "m"], ENDINGS)]
@@ -137,7 +172,7 @@ def repeated_pieces(separator: str) -> str:
 # For each filter a text that it refuses, and the settings that this takes beyond the defaults.
 REFUSED: dict[str, tuple[str, str, dict[str, object]]] = {
     "text.length": ("Too short.", "chat", {}),
-    "text.mojibake": (CHINESE.replace("，", "锟斤拷"), "prose", {}),
+    "text.mojibake": (ENGLISH.replace("storm", "st\ufffdr\ufffdm"), "prose", {}),
     "language.kept": (ENGLISH, "prose", {"languages": ("zh",)}),
     "language.cjk_share": (ENGLISH + CHINESE[:60], "prose", {"min_cjk_share": 0.3}),
     "text.alphanumeric": (ENGLISH.replace(" ", "*=<>= "), "prose", {}),
@@ -212,6 +247,11 @@ NOT_BY_TEXT_ALONE = {"language.perplexity"}  # needs a model; see test_clean.py
         (README, "prose", "en"),
         (POEM, "prose", "zh"),
         (CHINESE + ENGLISH, "prose", "zh"),
+        (FINNISH, "prose", "latin"),
+        (GERMAN, "prose", "latin"),
+        (TABLE, "prose", "latin"),
+        (ENGLISH.replace("storm", "st\ufffdrm"), "prose", "en"),
+        ("法国的首都是哪里？\n巴黎。", "chat", "zh"),
         (PYTHON, "code", "code"),
         (JAVA, "code", "code"),
         ("Wie spät ist es in Peking?\nEs ist dort jetzt Mitternacht.", "chat", "latin"),
@@ -301,7 +341,7 @@ def test_chinese_ngrams_span_one_and_a_half_characters_per_word() -> None:
 
 
 def test_an_ngram_rule_looks_at_the_first_part_of_a_huge_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filters, "_MAX_NGRAM_UNITS", 1000)
+    monkeypatch.setattr(text_profile, "_MAX_NGRAM_UNITS", 1000)
     text = words(120) + " " + "again and " * 200
     assert Profile(text[:1000], "prose").ngrams.top_share(2, 0.0) == Profile(text, "prose").ngrams.top_share(2, 0.0)
 
@@ -332,5 +372,5 @@ def test_line_rules_remove_single_lines(rule: str, kept: list[str], dropped: lis
 
 
 def test_the_tables_of_powers_are_inverse() -> None:
-    powers, inverses = filters._powers(5000)
+    powers, inverses = text_profile._powers(5000)
     assert np.all(powers * inverses == 1)

@@ -1,7 +1,10 @@
+import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,5 +130,40 @@ def test_the_command_trains_and_tells_perplexities(tmp_path: Path, capsys: pytes
 def test_the_command_names_a_file_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "gb.txt").write_bytes("中文".encode("gb18030"))
     assert ngram_model.main([str(tmp_path / "m.npz"), str(tmp_path / "gb.txt")]) == 65
-    assert "gb.txt: not UTF-8 at byte 0" in capsys.readouterr().err
+    assert "gb.txt: invalid UTF-8); give UTF-8 texts" in capsys.readouterr().err
     assert not (tmp_path / "m.npz").exists()
+
+
+def test_the_command_takes_the_texts_of_any_file_that_a_preparation_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"id": f"zqxj{index}", "text": REFERENCE[:1500]}) for index in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{broken"]), encoding="utf-8")
+    pq.write_table(pa.table({"text": [REFERENCE[:1500]] * 30}), tmp_path / "b.parquet")
+    assert ngram_model.main([str(tmp_path / "m.npz"), str(tmp_path / "*.*"), "--table-bits", "14"]) == 0
+    printed = capsys.readouterr().out
+    assert "held out: 1 % below" in printed
+    assert f"left out 1: {tmp_path / 'a.jsonl'}: " in printed
+    expected = NgramModel.train([REFERENCE[:1500]] * (90 - 90 // 20), table_bits=14)
+    assert NgramModel.load(tmp_path / "m.npz").digest == expected.digest
+
+
+@pytest.mark.parametrize("out", ["absent/m.npz", "folder", "file.txt/m.npz"])
+def test_a_model_that_cannot_be_written_is_told_before_training(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text(REFERENCE, encoding="utf-8")
+    monkeypatch.setattr(NgramModel, "train", None)
+    assert ngram_model.main([str(tmp_path / out), str(tmp_path / "file.txt")]) == 65
+    assert f"{tmp_path / out}: cannot write the model (" in (message := capsys.readouterr().err)
+    assert "name a file in a folder that exists" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder"]
+    model = NgramModel(np.zeros((1, 16), np.uint32), 1)
+    with pytest.raises(NgramModelError, match="cannot write the model"):
+        model.save(tmp_path / out)
+
+
+def test_a_pattern_without_files_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ngram_model.main([str(tmp_path / "m.npz"), str(tmp_path / "*.jsonl")]) == 65
+    assert "no file matches" in capsys.readouterr().err

@@ -14,7 +14,15 @@ MASKED = {
         "zhang_san@qq.com",
         "x@sub-domain.co.uk",
     ],
-    "ip": ["8.8.8.8", "114.114.114.114", "2001:4860:4860::8888", "2400:3200::1", "2606:4700:0:0:0:0:0:1111"],
+    "ip": [
+        "8.8.8.8",
+        "1.1.1.1",
+        "12.34.56.78",
+        "114.114.114.114",
+        "2001:4860:4860::8888",
+        "2400:3200::1",
+        "2606:4700:0:0:0:0:0:1111",
+    ],
     "card": [CARD, "4111111111111111", "5500-0000-0000-0004", "340000000000009"],
     "id": [IDENTITY, IDENTITY.lower()],
     "phone": [
@@ -30,11 +38,24 @@ MASKED = {
     ],
 }
 KEPT = {
-    "email": ["@property", "user @ home", "logo@2x.png", "react@18.2.0", "a@b", "@张三", "x@.com"],
+    "email": [
+        "@property",
+        "user @ home",
+        "git@github.com:a/b",
+        "ssh://git@example.org/a",
+        "logo@2x.png",
+        "react@18.2.0",
+        "a@b",
+        "@张三",
+        "x@.com",
+    ],
     "ip": [
         *("10.0.0.1", "127.0.0.1", "192.168.1.1", "172.16.5.4", "192.0.2.7", "198.51.100.1", "203.0.113.9", "0.0.0.0"),
         *("255.255.255.0", "v1.2.3.4", "version 1.2.3.4", "Version: 2.4.6.1", "版本 1.2.3.4", "版本号：1.2.3.4"),
-        *("1.2.3.4.5", "256.1.1.1", "1.2.3", "1.02.3.4", "::1", "fe80::1", "2001:db8::1", "std::vector", "12:30:45"),
+        *("section 3.2.1.4", "Section 3.2.1.45", "第3.2.1.4节", "第 3.2.1.45 节", "§ 3.2.1.4", "§3.2.1.64"),
+        *("Firefox 3.6.1.2", ".NET 4.7.2.0", "JDK 1.8.0.29", "1.5.2.3 版", "1.5.2.36版", "版本为1.2.3.4"),
+        *("版本号为 1.2.3.44", "version is 1.2.3.44", "1.2.3.4.5"),
+        *("256.1.1.1", "1.2.3", "1.02.3.4", "::1", "fe80::1", "2001:db8::1", "std::vector", "12:30:45"),
     ],
     "card": ["4111 1111 1111 1112", "1234567890123456", "0.4111111111111111"],
     "id": ["110105194912310021", "110105194913310020", "x11010519491231002X1"],
@@ -64,6 +85,25 @@ def test_what_only_looks_like_it_stays(kind: str, value: str) -> None:
     masker = Masker([kind], "[{kind}]")
     assert masker(f"See {value}, please.") == f"See {value}, please."
     assert not masker.masked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DNS: {}",
+        "IP 为 {}",
+        "the server {}",
+        "address is {}",
+        "服务器地址：{}",
+        "open {}:8080",
+        "route {}/24",
+        "ping {}",
+        "http://{}/",
+        "root@{}",
+    ],
+)
+def test_four_small_numbers_are_an_address_where_the_words_around_say_so(text: str) -> None:
+    assert Masker(["ip"], "[{kind}]")(text.format("4.2.2.1")) == text.format("[IP]")
 
 
 def test_only_the_chosen_kinds_are_masked_and_counted() -> None:

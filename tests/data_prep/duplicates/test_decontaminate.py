@@ -1,10 +1,14 @@
+import gzip
 import json
 import pickle
 import random
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,6 +157,62 @@ def test_every_string_of_a_record_is_an_item_and_the_first_file_is_named(tmp_pat
     assert decontaminator.overlaps([ENGLISH, CHINESE]) == ["contaminated:nested.jsonl"] * 2
 
 
+ESCAPED = json.dumps({"question": CHINESE, "choices": [ENGLISH]}, indent=1)
+ITEMS = {
+    "one.json": ESCAPED,
+    "list.json": f"[{ESCAPED}, {{}}]",
+    "lines.json": json.dumps({"q": CHINESE}) + "\n" + json.dumps(ENGLISH) + "\n",
+    "a.ndjson": json.dumps([CHINESE, {"deep": ENGLISH}]),
+    "a.md": f"# Questions\n{CHINESE}\n\n{ENGLISH}",
+    "a.csv": f'id,question,note\r\n1,"{CHINESE}\n",""\r\n2,"{ENGLISH}",x\r\n',
+    "a.tsv": f"1\t{CHINESE}\t{ENGLISH}\n",
+}
+
+
+def assert_finds_both(path: Path) -> None:
+    assert Decontaminator([path]).overlaps([CHINESE, ENGLISH, PROSE]) == [f"contaminated:{path.name}"] * 2 + [None]
+
+
+@pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_items_are_found_in_files_of_the_usual_kinds(tmp_path: Path, name: str, suffix: str) -> None:
+    raw = ITEMS[name].encode("utf-8-sig")
+    packed = {"": raw, ".gz": gzip.compress(raw), ".zst": zstandard.compress(raw)}[suffix]
+    (tmp_path / f"{name}{suffix}").write_bytes(packed)
+    assert_finds_both(tmp_path / f"{name}{suffix}")
+
+
+def test_every_column_of_strings_of_a_parquet_file_has_items(tmp_path: Path) -> None:
+    choices = [{"label": ["A"], "text": ["short", ENGLISH]}, None]
+    table = pa.table({"n": [1, 2], "choices": choices, "q": pa.array([CHINESE, None]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert_finds_both(tmp_path / "a.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"decontaminate.paths: .*bad.parquet: cannot be read as parquet"):
+        Decontaminator([tmp_path / "bad.parquet"])
+
+
+def test_a_pattern_stands_for_its_files_each_of_them_read_once(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_items(tmp_path / "deep" / "zh.jsonl", CHINESE)
+    write_items(tmp_path / "en.jsonl", ENGLISH)
+    write_items(tmp_path / "en-short.jsonl", "too short")
+    found = Decontaminator([f"{tmp_path}/**/*.jsonl", tmp_path / "en.jsonl"])
+    assert found.overlaps([CHINESE, ENGLISH]) == ["contaminated:zh.jsonl", "contaminated:en.jsonl"]
+    assert sorted(found.names) == ["en-short.jsonl", "en.jsonl", "zh.jsonl"]
+    with pytest.raises(ConfigError, match=r"decontaminate.paths: .*: a folder; name its files with a pattern such as"):
+        Decontaminator([tmp_path])
+
+
+def test_a_file_of_an_unknown_kind_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    for name in ("a.docx", "a", "a.parquet.gz"):
+        (tmp_path / name).write_text(ENGLISH)
+        with pytest.raises(
+            ConfigError, match=rf"decontaminate.paths: .*{name}: unknown kind .* known are \.json \.jsonl"
+        ):
+            Decontaminator([tmp_path / name])
+
+
 def test_the_digest_tells_content_and_settings_but_not_folders(tmp_path: Path) -> None:
     path = write_items(tmp_path / "a.jsonl", ENGLISH, "Who wrote the play that opens in Elsinore?")
     (tmp_path / "else").mkdir()
@@ -168,7 +228,7 @@ def test_the_digest_tells_content_and_settings_but_not_folders(tmp_path: Path) -
 
 
 def test_a_useless_evaluation_set_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent.txt: cannot be read as UTF-8 text \(.*No such file"):
+    with pytest.raises(ConfigError, match=r"decontaminate.paths: .*absent.txt: no file matches"):
         Decontaminator([tmp_path / "absent.txt"])
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="bad.txt: cannot be read as UTF-8 text"):
@@ -176,6 +236,12 @@ def test_a_useless_evaluation_set_is_an_error_that_says_why(tmp_path: Path) -> N
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"')
     with pytest.raises(ConfigError, match=r"bad.jsonl:2: not JSON .*; mend the line"):
         Decontaminator([tmp_path / "bad.jsonl"])
+    (tmp_path / "bad.json").write_text('{"a": 1}\n{"a": [\n1,\n')
+    with pytest.raises(ConfigError, match=r"bad.json:4: not JSON"):
+        Decontaminator([tmp_path / "bad.json"])
+    (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(ENGLISH.encode())[:-9])
+    with pytest.raises(ConfigError, match=r"bad.txt.gz: cannot be read as UTF-8 text \(truncated"):
+        Decontaminator([tmp_path / "bad.txt.gz"])
     with pytest.raises(
         ConfigError, match=r"short.jsonl: no item of 13 tokens or more.*lower decontaminate.min_item_tokens"
     ):

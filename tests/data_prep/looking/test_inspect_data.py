@@ -26,7 +26,7 @@ from data_prep.looking.inspect_documents import chosen
 from data_prep.looking.inspect_fates import parse_id
 from data_prep.looking.prepared import PreparedFolder
 from data_prep.looking.text_table import visible
-from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, TokenizerConfig
+from data_prep.prepare_config import InputConfig, OutputConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data_prep.reading.chat import TURN_END, TURN_START
 from data_prep.shards import open_tokens
 from data_prep.tokenizing.tokenizer import train_bpe
@@ -303,6 +303,95 @@ def test_a_folder_that_is_none_or_is_damaged_is_told_by_the_exit_code(example: E
 )
 def test_an_id_is_a_path_with_a_place_or_a_line(name: str, expected: tuple[str, int | None, int | None]):
     assert parse_id(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--source", "web"), "--source: goes with --documents or --dropped or --search"),
+        (("--id", "raw.jsonl:1", "--source", "web"), "--source: goes with"),
+        (("--document", "0"), "--document: goes with --shard"),
+        (("--documents", "1", "--document", "0"), "--document: goes with --shard"),
+        (("--dropped", "text.length", "--split", "train"), "--split: goes with --documents or --search"),
+        (("--shard", "train/web-00000.bin", "--sample-tokens", "8"), "--sample-tokens: goes with --sample"),
+        (("--seed", "0"), "--seed: goes with"),
+        (("--first",), "--first: goes with"),
+        (("--documents", "1", "-n", "3"), "-n: goes with --dropped or --search"),
+    ],
+)
+def test_an_option_without_what_it_goes_with_is_an_error(inspect, arguments: tuple[str, ...], message: str):
+    assert inspect(*arguments, code=64).startswith(f"error: {message}")
+
+
+def test_names_that_are_spelled_to_move_the_cursor_do_not(tmp_path: Path, inspect):
+    name, shown_name = "a\x1b[2J\nkept\x9b.jsonl", r"a\x1b[2J\nkept\x9b.jsonl"
+    (tmp_path / "raw").mkdir()
+    harbours = [" ".join(f"{number} boats lay in harbour {number * 7}." for number in range(n, 200)) for n in (0, 90)]
+    records = "".join(json.dumps({"text": text}) + "\n" for text in (*harbours, harbours[0], "a"))
+    (tmp_path / "raw" / name).write_text(f"{records}{{broken\x1b\n", encoding="utf-8")
+    config = small_config(tmp_path, {"web": SourceConfig(paths=(f"{tmp_path}/raw/*.jsonl",))}, harbours)
+    pipeline.prepare(config)
+    folder = tmp_path / "out"
+    shards = [shard.record.file for shard in PreparedFolder(folder).shards]
+    inspect(folder=folder)  # what the preparation has printed ends here
+    questions = [
+        *(("--documents", 2), ("--search", "boats"), ("--shard", shards[0]), ("--sample", f"{shards[0]}:0")),
+        *(("--dropped", "exact duplicate"), ("--dropped", "text.length"), ("--dropped", "invalid JSON")),
+        *(("--id", f"{name}:{line}") for line in range(1, 6)),
+    ]
+    for question in questions:
+        shown = inspect(*question, folder=folder)
+        assert shown_name in shown, question
+        assert visible(shown) == shown
+    for question in (("--id", name), ("--id", f"{name}:9"), ("--id", "\x1b\udcff:1"), ("--shard", "\x1b")):
+        shown = inspect(*question, folder=folder, code=78)
+        assert visible(shown) == shown
+
+
+def small_config(place: Path, sources: dict[str, SourceConfig], texts: list[str]) -> PrepareConfig:
+    train_bpe(texts, 300).save(place)
+    return PrepareConfig(
+        sources=sources,
+        clean=CleanConfig(filters=("text.length",)),
+        tokenizer=TokenizerConfig(path=str(place)),
+        output=OutputConfig(folder=str(place / "out"), shard_tokens=256, sample_tokens=64, validation_fraction=0.2),
+        engine=EngineConfig(kind="inline", max_bad_fraction=0.5),
+    )
+
+
+def test_each_source_is_read_again_in_its_own_layout_in_every_generation(tmp_path: Path, inspect):
+    texts = [
+        " ".join(f"{number} boats lay in harbour {number * 7}." for number in range(n, n + 40))
+        for n in range(0, 400, 40)
+    ]
+    twin = texts[1].replace("boats", "ships", 2)
+    parts = {"web": texts[:5], "notes": [*texts[5:8], twin, "a"], "later": texts[8:]}
+    layouts: dict[str, Any] = {"web": {"text_field": "body"}, "notes": {"layout": "{note}\n{body?}"}}
+    for name, part in parts.items():
+        lines = [json.dumps({"body" if name == "web" else "note": text, "title": "not this"}) for text in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    notes_paths = (f"{tmp_path}/notes.jsonl", f"{tmp_path}/later.jsonl")
+    paths = {"web": (f"{tmp_path}/web.jsonl",), "notes": notes_paths}
+    sources = {
+        name: SourceConfig(paths=paths[name], licence=f"licence of {name}", **layout)
+        for name, layout in layouts.items()
+    }
+    for num_files in (1, 2):  # of notes; web has one
+        sources["notes"] = dataclasses.replace(sources["notes"], paths=notes_paths[:num_files])
+        pipeline.prepare(small_config(tmp_path, sources, texts))
+    folder = tmp_path / "out"
+    inspect(folder=folder)  # what the preparation has printed ends here
+    for name, part in parts.items():
+        for line, text in enumerate(part, start=1):
+            shown = inspect("--id", f"{name}.jsonl:{line}", folder=folder)
+            where = "source web" if name == "web" else "source notes"
+            assert re.search(rf"{where}(, latin)?, generation {int(name == 'later')}\)", shown)
+            assert f"\n{text}\n" in shown
+    assert "source notes" in inspect("--documents", 1, "--source", "notes", folder=folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f"Source {source}</h2>" in page and f"licence of {source}" in page for source in sources)
+    assert "<mark>ships</mark>" in page
+    assert "<pre>a</pre>" in page
 
 
 def test_control_characters_do_not_reach_the_terminal():

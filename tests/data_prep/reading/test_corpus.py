@@ -1,9 +1,11 @@
+import glob
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from data_prep.reading import corpus
+from data_prep.reading import corpus, storage
 from data_prep.reading.corpus import InputFile, choose, find_inputs, installed_python
 from data_prep.reading.file_kinds import compression, content_suffix, file_kind
 from data_prep.reading.storage import InputError
@@ -57,6 +59,74 @@ def test_a_pattern_that_leads_nowhere_is_refused(tree: Path, pattern: str, messa
     (tree / "odd.csv").write_text("a,b")
     with pytest.raises(InputError, match=message):
         find_inputs([pattern])
+
+
+def test_patterns_match_as_those_of_the_glob_module(tree: Path):
+    (tree / "deep/.hidden").mkdir()
+    for name in ("deep/.hidden/e.txt", ".f.txt", "deep/er/.g.txt"):
+        (tree / name).write_text(name)
+    patterns = [
+        "*",
+        "**",
+        "**/*.txt",
+        "deep/**",
+        "*/*",
+        "*/*/*.txt",
+        "**/er/*",
+        "de*/**/c.txt",
+        ".*",
+        "**/.*",
+        "[!a].txt",
+    ]
+    patterns += ["./deep/../a.txt", "deep/../**/b.txt", "deep/*/../*.jsonl", "**/**/c.txt", "?.txt", "*.TXT", "a.txt/*"]
+    for pattern in patterns:
+        for prefix in ("", f"{tree}/"):
+            matched = glob.glob(prefix + pattern, recursive=True)  # noqa: PTH207 - Path.glob matches otherwise
+            expected = {os.path.normpath(name) for name in matched if Path(name).is_file()}
+            assert {os.path.normpath(found.path) for found in storage.find(prefix + pattern)} == expected, pattern
+
+
+def test_two_stars_do_not_follow_links_to_folders(tree: Path):
+    (tree / "deep/loop").symlink_to("..")
+    (tree / "other").symlink_to("deep")
+    assert names(["**/*.jsonl"]) == ["deep/d.jsonl"]
+    assert names(["other/*.jsonl"]) == names(["othe*/*.jsonl"]) == ["other/d.jsonl"]
+
+
+def test_a_link_that_leads_nowhere_is_named(tree: Path):
+    (tree / "gone.txt").symlink_to("nowhere")
+    for pattern in ("gone.txt", "*.txt"):
+        with pytest.raises(InputError, match=r"gone\.txt: a link that leads nowhere \(No such file .*remove the link"):
+            find_inputs([pattern])
+
+
+def test_what_is_no_regular_file_is_refused(tree: Path):
+    os.mkfifo(tree / "pipe.txt")
+    for pattern in ("pipe.txt", "*.txt"):
+        with pytest.raises(InputError, match=r"pipe\.txt: no regular file but a pipe, socket or device; copy"):
+            find_inputs([pattern])
+
+
+def test_a_folder_that_cannot_be_read_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    scandir = os.scandir
+
+    def refuse(folder: str):
+        if Path(folder).name == "er":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"deep/er: cannot read the folder \(Permission denied\); make it readable"):
+        find_inputs(["**/*.jsonl"])
+    assert names(["deep/*.jsonl"]) == ["deep/d.jsonl"]
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_readable_form(tree: Path):
+    Path(os.fsdecode(b"\xd6\xd0.txt")).write_text("a")
+    for pattern in ("*.txt", os.fsdecode(b"\xd6\xd0.txt")):
+        with pytest.raises(InputError) as refused:
+            find_inputs([pattern])
+        assert str(refused.value) == r"'\udcd6\udcd0.txt': the name is not UTF-8; rename the file or its folder"
 
 
 def test_the_installed_corpus_is_ordered_and_has_no_caches_or_stubs():
@@ -136,6 +206,8 @@ def test_urls_are_matched_sorted_and_named_in_full():
         ("a.json.gz", "json", ".json", ".gz"),
         ("a.b.cpp", "text", ".cpp", ""),
         ("notes.txt.gz", "text", ".txt", ".gz"),
+        ("a.Jsonl.GZ", "jsonl", ".jsonl", ".gz"),
+        ("a.json.Zst", "json", ".json", ".zst"),
         ("a.parquet", "parquet", ".parquet", ""),
         ("a.parquet.gz", None, ".parquet", ".gz"),
         ("https://x.org/a.jsonl.gz?download=true&b=.zst", "jsonl", ".jsonl", ".gz"),

@@ -257,6 +257,37 @@ def test_a_damaged_stream_of_a_text_costs_only_that_file(tmp_path: Path):
     assert bad(items) == [(1, "truncated .gz stream")]
 
 
+def test_a_small_zstandard_file_that_holds_very_much_is_read_in_parts(tmp_path: Path):
+    path = tmp_path / "a.jsonl.zst"
+    compressor = zstandard.ZstdCompressor().compressobj()
+    zeros = bytes(16 * 1024**2)
+    path.write_bytes(b"".join([*(compressor.compress(zeros) for _ in range(16)), compressor.flush()]))
+    assert path.stat().st_size < 64 * 1024
+    sizes = [len(block) for block in streams.decompressed(str(path))]
+    assert sum(sizes) == 16 * len(zeros)
+    assert max(sizes) <= 32 * 1024**2
+
+
+def test_frames_of_zstandard_with_a_long_window_and_skipped_ones_are_read(tmp_path: Path):
+    path = tmp_path / "a.jsonl.zst"
+    skipped = b"\x50\x2a\x4d\x18" + (700).to_bytes(4, "little") + bytes(700)
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    content = noise(50)
+    frames = [zstandard.ZstdCompressor(compression_params=settings).compress(content), zstandard.compress(line("end"))]
+    path.write_bytes(skipped + skipped.join(frames) + skipped)
+    assert b"".join(streams.decompressed(str(path))) == content + line("end")
+
+
+def test_zero_bytes_behind_gzip_are_padding(tmp_path: Path):
+    path = tmp_path / "a.jsonl.GZ"
+    for zeros in (1, 512, 100_000):
+        padding = bytes(zeros)
+        path.write_bytes(gzip.compress(line("one") + b"\n") + padding + gzip.compress(line("two")) + padding)
+        assert read([path]) == [Document("one", 0, 0, 1), Document("two", 0, len(line("one")) + 1, 2)]
+    path.write_bytes(bytes(512))
+    assert bad(read([path])) == [(1, "damaged .gz stream")]
+
+
 def write_parquet(path: Path, values: list[str | None], kind: pa.DataType | None = None) -> None:
     table = pa.table({"n": list(range(len(values))), "text": pa.array(values, kind or pa.string())})
     pq.write_table(table, path, row_group_size=2)
@@ -267,7 +298,7 @@ def test_parquet_rows_are_documents_and_row_groups_are_units(tmp_path: Path, kin
     path = tmp_path / "a.parquet"
     write_parquet(path, ["one", None, "三", "", "end"], kind)
     units = plan([path], Layout.named("auto"))
-    assert [(unit.kind, unit.start, unit.layout.name) for unit in units] == [("rows", i, "text") for i in range(3)]
+    assert [(unit.kind, unit.start, unit.layout.name) for unit in units] == [("rows", i, "wikipedia") for i in range(3)]
     items = [item for unit in units for item in read_unit(unit)]
     assert items == [
         Document("one", 0, 0, 1),
@@ -313,12 +344,70 @@ def test_a_failing_disk_is_no_bad_row(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_parquet_file_without_the_text_column_is_refused_with_its_columns(tmp_path: Path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["a"], "n": [1], "tags": [["a"]]}), path)
-    with pytest.raises(InputError, match=r"no column 'text'; its columns are body, n, tags\. Choose .*input\.template"):
+    with pytest.raises(InputError, match=r"no column 'text'; its columns are body, n, tags\. Name one .*text_field"):
         plan([path])
     assert len(plan([path], Layout.of_template("body"))) == 1
-    path.write_bytes(b"PAR1 cut off")
-    with pytest.raises(InputError, match="not a readable parquet file"):
+
+
+@pytest.mark.parametrize("layout", ["text", "auto"])
+def test_an_unreadable_parquet_file_is_one_bad_line(tmp_path: Path, layout: str):
+    paths = [tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")]
+    write_parquet(paths[0], ["one", "two", "three"])
+    content = paths[0].read_bytes()
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(content[: len(content) // 2])
+    items = read([paths[1], paths[2], paths[0]], Layout.named(layout))
+    assert items[:2] == [BadLine(0, 1, 0, parquet_files.UNREADABLE)] * 2
+    assert texts(items) == ["one", "two", "three"]
+
+
+UNREADABLE_VALUES = {
+    "nanoseconds": pa.array([1_700_000_000_123_456_789] * 3, pa.timestamp("ns")),
+    "far": pa.array([9 * 10**14] * 3, pa.timestamp("s")),
+    "date": pa.array([3_000_000] * 3, pa.date32()),
+    "zone": pa.array([1] * 3, pa.timestamp("us", tz="Mars/Olympus")),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE_VALUES)
+def test_values_that_cannot_be_read_matter_only_where_they_are_used(tmp_path: Path, name: str):
+    path = tmp_path / "a.parquet"
+    values = UNREADABLE_VALUES[name]
+    pq.write_table(pa.table({"made": values, "text": ["a", "b", "c"]}), path)
+    assert texts(read([path], Layout.named("auto"))) == ["a", "b", "c"]
+    pq.write_table(pa.table({"meta": pa.StructArray.from_arrays([values], ["made"]), "text": ["a", "b", "c"]}), path)
+    reason = "a value that cannot be read"
+    assert bad(read([path], Layout.of_template("{meta.by?}\n{text}"))) == [(1, reason), (2, reason), (3, reason)]
+
+
+def test_one_value_that_cannot_be_read_costs_one_row(tmp_path: Path):
+    made = pa.array([1, 9 * 10**14, None], pa.timestamp("s"))
+    table = pa.table({"meta": pa.StructArray.from_arrays([made], ["made"]), "text": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    items = read([tmp_path / "a.parquet"], Layout.of_template("{meta.by?}\n{text}"))
+    assert texts(items) == ["a", "c"]
+    assert bad(items) == [(2, "a value that cannot be read")]
+
+
+def test_a_damaged_row_group_costs_its_rows_and_shifts_no_other(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    values = [f"{number} {os.urandom(500).hex()}" for number in range(10)]
+    pq.write_table(pa.table({"text": values}), path, row_group_size=4, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[4:1000] = bytes(996)
+    path.write_bytes(content)
+    for layout in ("text", "auto"):
+        items = read([path], Layout.named(layout))
+        assert texts(items) == values[4:]
+        assert [item.place for item in items] == [*range(4), *range(2**32, 2**32 + 4), 2 * 2**32, 2 * 2**32 + 1]
+        assert [number for number, _ in bad(items)] == [1, 2, 3, 4]
+    pq.write_table(pa.table({"content": values}), path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[4:1000] = bytes(996)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="no column 'text'; its columns are content"):
         plan([path])
+    assert len(bad(read([path], Layout.named("auto")))) == 10
 
 
 def test_conversations_in_parquet_are_read_as_those_in_json(tmp_path: Path):
@@ -388,12 +477,25 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path: Path):
     content = "\n\n第一段\n still the first\r\n\n \n\n\xa0second\nparagraph".encode()
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(content))
-    (tmp_path / "b.md").write_text("# whole\n\nfile")
+    (tmp_path / "b.c").write_text("// whole\n\nfile")
+    for suffix in ("md", "rst", "markdown"):
+        (tmp_path / f"c.{suffix}").write_bytes(content)
     layout = Layout.named("auto", split="paragraphs")
     expected = ["第一段\n still the first", "\xa0second\nparagraph"]
-    items = read([tmp_path / "a.txt", tmp_path / "b.md", tmp_path / "a.txt.zst"], layout, range_bytes=3)
-    assert texts(items) == [*expected, "# whole\n\nfile", *expected]
+    names = ["a.txt", "b.c", "a.txt.zst", "c.md", "c.rst", "c.markdown"]
+    items = read([tmp_path / name for name in names], layout, range_bytes=3)
+    assert texts(items) == [*expected, "// whole\n\nfile", *expected * 4]
     assert [item.place for item in items[:2]] == [2, content.index(b"\xc2\xa0")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "big5"])
+def test_lines_of_any_white_space_are_blank(tmp_path: Path, encoding: str):
+    path = tmp_path / "a.txt"
+    path.write_bytes("　\n　　一\n　 　\r\n二　\n".encode(encoding) + b"\xff\n")
+    for split in ("lines", "paragraphs"):
+        items = read([path], Layout.named("auto", encoding=encoding, split=split))
+        assert texts(items) == ["　　一", "二　"][: 2 if split == "lines" else 1]
+        assert [reason for _, reason in bad(items)] == [f"invalid {encoding.upper()}"]
 
 
 def test_a_text_longer_than_the_limit_is_left_out_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -452,6 +554,34 @@ def test_a_json_file_is_an_array_or_one_object_or_an_object_on_each_line(tmp_pat
             "empty.json": [],
             "none.json": [],
         }
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_arrays_of_another_encoding_are_cut_at_characters(tmp_path: Path, encoding: str, suffix: str):
+    path = tmp_path / f"a.json{suffix}"
+    # Second bytes of characters: every one that is ASCII, among them backslashes, brackets and braces.
+    pairs = [bytes([first, second]) for first in range(0xA4, 0xC0) for second in range(0x40, 0x7F)]
+    characters = "".join(pair.decode(encoding, "ignore") for pair in pairs)
+    # At the end of a text a backslash hides the quotation mark behind it.
+    expected = [character for character in characters if character.encode(encoding).endswith(b"\\")]
+    assert len(expected) > 10
+    expected += [characters[start : start + 7] for start in range(0, len(characters), 7)]
+    content = json.dumps([{"text": text} for text in expected], ensure_ascii=False).encode(encoding)
+    content = content[:-1] + b', {"text": "\xff"}, {"text": "end"}]'
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    items = read([path], Layout.named("auto", encoding=encoding))
+    assert texts(items) == [*expected, "end"]
+    assert bad(items) == [(len(expected) + 1, f"invalid {encoding.upper()}")]
+    assert [item.head for item in items if isinstance(item, BadLine)] == [b'{"text": "\xff"}']
+    marked = b"\xef\xbb\xbf" + json.dumps([{"text": "一"}, {"text": "二"}], ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(marked) if suffix else marked)
+    assert texts(read([path], Layout.named("auto", encoding=encoding))) == ["一", "二"]
+
+
+def test_a_json_file_of_another_encoding_may_be_one_object(tmp_path: Path):
+    (tmp_path / "a.json").write_bytes(json.dumps({"text": "成功"}, indent=1, ensure_ascii=False).encode("big5"))
+    assert texts(read([tmp_path / "a.json"], Layout.named("auto", encoding="big5"))) == ["成功"]
 
 
 ELEMENTS = {bytes(key): reason for key, reason in BAD.items() if len(key) < 2000 and reason != "blank line"}
@@ -519,3 +649,21 @@ def test_an_array_element_too_long_to_hold_ends_the_array(monkeypatch: pytest.Mo
     assert next(elements) == b'{"text": "a"}'
     with pytest.raises(streams.StreamError, match="array element longer than 64 MiB"):
         next(elements)
+
+
+@pytest.mark.parametrize("filler", [b'"' + b"x" * 4_000_000 + b'"', b"9" * 4_000_000, b"[" + b"1," * 200_000 + b"1]"])
+def test_a_long_element_is_looked_through_about_once(filler: bytes):
+    class Counting:
+        num_bytes = 0
+
+        def finditer(self, buffer: bytearray, at: int):
+            Counting.num_bytes += len(buffer) - at
+            return token.finditer(buffer, at)
+
+    array = b'[{"text": ' + filler + b"}, 5]"
+    blocks = [array[start : start + 4096] for start in range(0, len(array), 4096)]
+    token = json_array._TOKEN
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "_TOKEN", Counting())
+        assert [*json_array.elements(blocks)] == [array[1:-4], b"5"]
+    assert Counting.num_bytes < 4 * len(array)

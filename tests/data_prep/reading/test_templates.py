@@ -2,6 +2,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.config_file import ConfigError
+from data_prep.reading import head
 from data_prep.reading.chat import Turn
 from data_prep.reading.corpus import find_inputs
 from data_prep.reading.dialogues import read_turns
@@ -40,8 +42,8 @@ EXPECTED: dict[str, list[str | tuple[Turn, ...]]] = {
         "砚台：\n砚台是研墨的用具，多用石头制成。",
     ],
     "wanjuan-text.jsonl": [
-        "# 秋天的市场\n市场里摆满了柿子和栗子。\n**柿子**要挑软的。",
         "河边的树\n河边有七棵柳树，风一吹就摇。",
+        "# 秋天的市场\n市场里摆满了柿子和栗子。\n**柿子**要挑软的。",
         "雨\n下了一夜的雨。\n早上天晴了。",
     ],
     "baike.json": [
@@ -129,6 +131,55 @@ def test_a_known_corpus_is_read_by_its_name_and_by_its_fields(name: str):
     assert read(SAMPLES / name, Layout.named("auto")) == EXPECTED[name]
 
 
+def sample_records(name: str) -> list[dict[str, object]]:
+    content = (SAMPLES / name).read_text()
+    return json.loads(content) if content.startswith("[") else [json.loads(line) for line in content.splitlines()]
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *VARIANTS])
+def test_every_record_of_a_known_corpus_tells_its_layout_alone(tmp_path: Path, name: str):
+    expected = EXPECTED[name] if name in EXPECTED else [VARIANTS[name][1]]
+    for record, document in zip(sample_records(name), expected, strict=True):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps(record))
+        assert read(path, Layout.named("auto")) == [document]
+
+
+@pytest.mark.parametrize(
+    ("record", "document"),
+    [
+        ({"title": "t", "content": "a"}, "t\na"),
+        ({"title": "t", "paragraphs": ["a", "b"]}, "t\na\nb"),
+        ({"title": "t", "text": "a"}, "t\na"),
+        ({"title": 5, "text": "a"}, "a"),
+        ({"title": "t", "summary": "", "sections": []}, "t"),
+        ({"question": "q", "answer": "a", "text": "q a"}, (user("q"), assistant("a"))),
+        ({"title": "q", "answer": "a", "text": "q a"}, (user("q"), assistant("a"))),
+    ],
+)
+def test_of_a_record_that_several_layouts_fit_the_fullest_is_taken(tmp_path: Path, record: object, document: object):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        assert read(path, Layout.named("auto")) == [document]
+
+
+@pytest.mark.parametrize("fields", [["title", "body"], ["title"], ["title", "abstract", "n"]])
+def test_a_title_alone_is_no_text(tmp_path: Path, fields: list[str]):
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys(fields, "a")))
+    pq.write_table(pa.Table.from_pylist([dict.fromkeys(fields, "a")]), tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        with pytest.raises(InputError, match=f"no layout fits its records, whose fields are {', '.join(fields)}"):
+            plan_units(find_inputs([str(path)]), Layout.named("auto"))
+
+
+def test_only_a_layout_of_code_is_code(tmp_path: Path):
+    assert [name for name, layout in PRESETS.items() if layout.kind == "code"] == ["starcoder"]
+    for name in ("starcoder.jsonl", "wanjuan-text.jsonl"):
+        (unit,) = plan_units(find_inputs([str(SAMPLES / name)]), Layout.named("auto"))
+        assert unit.layout == PRESETS[Path(name).stem]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_forms_of_a_known_corpus_are_read_too(name: str):
     layout, expected = VARIANTS[name]
@@ -137,8 +188,7 @@ def test_other_forms_of_a_known_corpus_are_read_too(name: str):
 
 @pytest.mark.parametrize("name", ["zhihu.jsonl", "starcoder.jsonl", "sharegpt.json", "baike.json", "moss.jsonl"])
 def test_the_same_rows_in_parquet_give_the_same_documents(tmp_path: Path, name: str):
-    content = (SAMPLES / name).read_text()
-    rows = json.loads(content) if content.startswith("[") else [json.loads(line) for line in content.splitlines()]
+    rows: list[Any] = sample_records(name)
     if name == "moss.jsonl":
         rows[0]["chat"]["turn_3"] = None  # as in a table of which another row has more turns
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -242,6 +292,25 @@ def test_a_conversation_in_no_known_form_is_refused(value: object, reason: str):
     assert str(refused.value) == reason
 
 
+@pytest.mark.parametrize("content", [None, "", " "])
+@pytest.mark.parametrize("field", ["tool_calls", "function_call"])
+def test_a_turn_may_consist_of_calls_of_tools(content: str | None, field: str):
+    calls = [{"id": "1", "function": {"name": "find", "arguments": '{"what": "桐油"}'}}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": content, field: calls},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c", field: None},
+    ]
+    _, called, *rest = read_turns(turns)
+    assert called.role == "assistant"
+    assert "桐油" in called.content
+    assert json.loads(called.content) == calls
+    assert rest == [Turn("tool", "b"), assistant("c")]
+    turns[1]["content"] = "I look."
+    assert read_turns(turns)[1].content == f"I look.\n{called.content}"
+
+
 def test_an_empty_system_prompt_is_none_and_only_one_speaks_first():
     turns = [{"role": "system", "content": " "}, {"role": "Human", "content": "a"}]
     assert read_turns(turns) == (user("a"),)
@@ -258,14 +327,31 @@ def test_the_first_record_that_any_layout_fits_tells_the_layout_of_the_whole_fil
     assert {unit.layout for unit in units} == {Layout.named("qa", encoding="gb18030")}
 
 
+@pytest.mark.parametrize("lines", [["", " "] * 100, ["cut {"] * 300])
+def test_bad_lines_at_the_head_of_a_file_hide_no_layout(tmp_path: Path, lines: list[str]):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines, '{"question": "q", "answer": "a"}']))
+    assert read(path, Layout.named("auto"))[-1] == (user("q"), assistant("a"))
+
+
+def test_the_layout_is_looked_for_in_the_head_of_a_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("bad\n" * 100 + '{"question": "q", "answer": "a"}')
+    monkeypatch.setattr(head, "MAX_HEAD_BYTES", 200)
+    assert plan_units(find_inputs([str(path)]), Layout.named("auto"))[0].layout.name == "text"
+    monkeypatch.setattr(head, "MAX_HEAD_BYTES", 400)
+    assert plan_units(find_inputs([str(path)]), Layout.named("auto"))[0].layout.name == "qa"
+
+
 def test_records_that_no_layout_fits_are_named_with_their_fields(tmp_path: Path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"titel": "a", "inhalt": "b"}\n')
+    path.write_text('{"titel": "a", "inhalt": "bc"}\n')
     with pytest.raises(
-        InputError, match=r"a\.jsonl: no layout fits .* fields are titel, inhalt\. .*template.*\{titel\}"
+        InputError,
+        match=r"a\.jsonl: no layout fits .* fields are titel, inhalt\. .*input\.text_field = 'inhalt' .*'\{inhalt\}'",
     ):
         plan_units(find_inputs([str(path)]), Layout.named("auto"))
-    assert read(path, Layout.of_template("{titel}: {inhalt}")) == ["a: b"]
+    assert read(path, Layout.of_template("{titel}: {inhalt}")) == ["a: bc"]
     path.write_text("no JSON at all\n")
     assert read(path, Layout.named("auto")) == [BadLine(0, 1, 0, "invalid JSON", b"no JSON at all")]
 

@@ -1,5 +1,8 @@
+import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import pre_tokenizers as split_by
 
-from data_prep.tokenizing import encoders
+from data_prep.tokenizing import encoder_libraries, encoders
 from data_prep.tokenizing.backends import TokenizerError, load_backend
 from data_prep.tokenizing.byte_pairs import SPLIT_PATTERN
 from data_prep.tokenizing.encoder_libraries import ENCODER_FOLDER, Reference, Tiktoken, UnfitError, Version1
@@ -206,6 +209,31 @@ def test_a_token_that_counts_only_as_a_whole_word_is_found_out_by_the_proof():
     (why, _) = chosen("awkward added tokens").rejected
     assert why.startswith("tokenizers 1.")
     assert "gives ids" in why
+
+
+@pytest.mark.parametrize(("kind", "library"), [("trained here", "tiktoken"), ("unigram", "tokenizers")])
+def test_an_installation_without_version_1_encodes_with_what_it_has(
+    kind: str, library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    tokenizer = tokenizer_of(kind)
+    monkeypatch.setattr(encoder_libraries, "ENCODER_FOLDER", tmp_path)
+    encoder = fastest_encoder(tokenizer)
+    assert encoder.name == f"{library} {importlib.metadata.version(library)}"
+    assert encoder.rejected[0] == f"Version1: not installed in {tmp_path}"
+    assert type(encoder_named(tokenizer, encoder.name)) is type(encoder)
+    assert_same(encoder, tokenizer, [*CORPUS, LATER])
+
+
+def test_an_installation_without_any_faster_library_encodes_with_the_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    tokenizer = tokenizer_of("trained here")
+    monkeypatch.setattr(encoder_libraries, "ENCODER_FOLDER", tmp_path)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    encoder = fastest_encoder(tokenizer)
+    assert type(encoder) is Reference
+    assert encoder.rejected[1] == "Tiktoken: tiktoken is not installed"
+    assert_same(encoder, tokenizer, CORPUS)
 
 
 class OneIdShort(Reference):

@@ -1,12 +1,17 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_prep.reading import documents
+from data_prep.reading.documents import read_unit
+from data_prep.reading.records import BadLine, Document, Unit
 from data_prep.tokenizing.tokenizer import Tokenizer, train_bpe
 from data_prep.tokenizing.tokenizer_report import main, read_texts, report, table
 from data_prep.tokenizing.train_tokenizer import train_sentencepiece
 from tests.data_prep.tokenizing.test_encoders import llama_2
+from tests.data_prep.tokenizing.test_spelling import without_unknown
 
 ENGLISH = ["The cat isn't on the mat; it_is number_1.\n" * 20, "Another text about cats and mats."]
 CHINESE = ["今天天气很好，我们去公园散步吧。" * 10, "龘靐 are rare characters, 龘靐 everywhere."]
@@ -29,7 +34,7 @@ def test_every_column_agrees_with_a_slow_count(bpe: Tokenizer):
         assert row.characters_per_token == sum(len(text) for text in texts) / len(ids)
         assert (row.num_partial_tokens, row.partial_fraction) == (num_partial, num_partial / len(ids))
         assert row.used_fraction == len(set(ids)) / 340
-        assert row.num_unknown_tokens == 0
+        assert row.num_unknown == 0
     assert rows[1].num_partial_tokens > 0
 
 
@@ -53,8 +58,35 @@ def test_each_character_of_a_script_without_spaces_is_a_word(bpe: Tokenizer, tex
 def test_what_a_vocabulary_cannot_express_is_counted():
     with_bytes, without = llama_2(), llama_2(byte_fallback=False)
     text = ["龘 and 靐"]
-    assert report(with_bytes, {"zh": text})[0].num_unknown_tokens == 0
-    assert report(without, {"zh": text})[0].num_unknown_tokens == without.encode(text[0]).count(0) > 0
+    assert report(with_bytes, {"zh": text})[0].num_unknown == 0
+    assert report(without, {"zh": text})[0].num_unknown == without.encode(text[0]).count(0) > 0
+
+
+def test_characters_that_vanish_without_an_unknown_token_are_counted_as_well():
+    without = without_unknown()
+    assert without.unknown_id is None
+    assert report(without, {"zh": ["龘 fox 靐 lazy\n龘"]})[0].num_unknown == 3
+
+
+@pytest.mark.parametrize("max_bytes", [1000, 4000])
+def test_a_large_input_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int):
+    english, chinese = ENGLISH[1] * 3, "今天天气很好，我们去公园散步吧。" * 3
+    for name, text in (("a", english), ("b", chinese), ("c", english)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * 500)
+    num_read = 0
+
+    def counted(unit: Unit) -> Iterator[Document | BadLine]:
+        nonlocal num_read
+        for item in read_unit(unit):
+            num_read += 1
+            yield item
+
+    monkeypatch.setattr(documents, "read_unit", counted)
+    texts = read_texts([f"{tmp_path}/*.jsonl"], max_bytes)
+    size = {language: sum(len(text.encode()) for text in found) for language, found in texts.items()}
+    assert all(max_bytes <= size[language] <= max_bytes + len(chinese.encode()) for language in ("en", "zh"))
+    # What is taken of two languages, and what is passed over, each with the text that goes beyond.
+    assert num_read <= 3 * max_bytes / len(english) + 2 + 3
 
 
 def test_no_texts_divide_by_nothing(bpe: Tokenizer):

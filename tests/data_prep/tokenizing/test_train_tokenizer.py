@@ -157,10 +157,16 @@ def test_too_many_words_leave_out_the_rarest_and_endless_ones_are_never_learned(
     assert "seldom" not in json.loads(train_bpe(texts, 300).content)["model"]["vocab"]
 
 
-def test_a_small_corpus_yields_fewer_tokens_and_an_empty_one_only_bytes():
+def test_a_small_corpus_yields_fewer_tokens():
     assert train_bpe(["ab"], 1000).vocab_size == 261
     assert train_bpe(["a"], 1000).vocab_size == 260
-    assert train_bpe([], 1000).vocab_size == 260
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_text_is_an_error_and_not_a_tokenizer_of_bytes(algorithm: Algorithm, texts: list[str]):
+    with pytest.raises(TokenizerError, match="^no text to train on: "):
+        train(texts, algorithm, 1000)
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
@@ -195,8 +201,14 @@ def test_the_command_line_tells_what_is_wrong(tmp_path: Path, capsys: pytest.Cap
     assert "none.txt" in capsys.readouterr().err
     assert main([str(tmp_path / "out")]) == 65
     assert "no files to train on" in capsys.readouterr().err
-    (tmp_path / "a.txt").write_text("only a little text, but long enough to be kept\n")
-    assert main([str(tmp_path / "out"), str(tmp_path / "a.txt"), "--vocab-size", "10"]) == 65
+    (tmp_path / "a.py").write_text(SOURCES[2], encoding="utf-8")
+    assert main([str(tmp_path / "out"), str(tmp_path / "a.py"), "--vocab-size", "10"]) == 65
     assert capsys.readouterr().err == "error: vocab_size = 10: a byte-level BPE needs at least 260\n"
+    assert main([str(tmp_path / "out"), str(tmp_path / "a.py"), "--training-bytes", "-5"]) == 65
+    assert capsys.readouterr().err == "error: training_bytes = -5: must be positive\n"
+    (tmp_path / "empty.txt").write_text("\n")
+    assert main([str(tmp_path / "out"), str(tmp_path / "empty.txt")]) == 65
+    assert capsys.readouterr().err.startswith("error: no text to train on: ")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file where a folder should be")
-    assert main([str(tmp_path / "out"), str(tmp_path / "a.txt"), "--vocab-size", "300"]) == 74
+    assert main([str(tmp_path / "out"), str(tmp_path / "a.py"), "--vocab-size", "300"]) == 74
