@@ -123,6 +123,8 @@ class Preparation:
         publish.write_text(
             generation / generations.SUMMARY_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         )
+        publish.sync_files(generation)
+        publish.sync_folder(generation.parent)
         made = self._publish(stage, tokenizer)
         print(report.table(content, time.perf_counter() - self._started_s))
         if reasons := bad_lines.by_reason(units):
@@ -286,7 +288,6 @@ class Preparation:
                 place.parent.mkdir(exist_ok=True)
                 for path in (stage / record.file).parent.glob(f"{place.stem}.*"):
                     publish.publish(path, place.with_name(path.name))
-            publish.sync_folder(added.folder)
             publish.publish(added.folder, self._folder / generations.FOLDER / added.folder.name)
             heads.write(self._folder, self._config, made)
         else:

@@ -527,6 +527,7 @@ def test_a_gpu_has_all_rows_and_the_largest_micro_batch_that_fits(parts, device_
         assert (rows[-1].micro_batch, rows[-1].micro_batches) == largest
 
 
+@pytest.mark.slow
 @COMPILES
 def test_the_rows_of_a_gpu_run_and_are_reported_together(
     parts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

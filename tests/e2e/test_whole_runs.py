@@ -97,6 +97,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(data: Path, t
     assert same_tensors(tmp_path / "killed" / "run" / "step-30", tmp_path / "whole" / "run" / "step-30")
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_ranks_trains_below_the_unigram_entropy_and_the_model_is_usable(data: Path, tmp_path: Path):
     config = written(data, tmp_path, run={"num_steps": 60}, optim={"max_grad_norm": 1.0})
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
