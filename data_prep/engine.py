@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
@@ -27,6 +28,7 @@ IN_FLIGHT_PER_WORKER = 3
 MIN_IN_FLIGHT_OF_DASK = 512
 MAX_DEATHS = 3
 """Of workers while one task was given out, after which a run gives up on it."""
+_NO_TASK = -1
 MANY_TASKS = 64
 """From here on, 256 MB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
 Task = TypeVar("Task")
@@ -102,14 +104,16 @@ class Engine:
         while todo or running:
             try:
                 while todo and len(running) < self._max_in_flight:
-                    running[self._executor.submit(function, todo[0][1])] = todo[0]
+                    running[_submitted(self._executor, function, todo[0][1])] = todo[0]
                     todo.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
+                    num_deaths[_NO_TASK] = 0
                     yield running.pop(future)[0], result
             except BrokenProcessPool as error:
-                num_deaths.update(index for index, _ in running.values())
-                if num_deaths.most_common(1)[0][1] >= MAX_DEATHS:
+                # Workers that die before they have a task are counted as well, until one finishes something.
+                num_deaths.update([index for index, _ in running.values()] or [_NO_TASK])
+                if max(num_deaths.values()) >= MAX_DEATHS:
                     raise _worker_died() from error
                 todo.extendleft(running.values())
                 running.clear()
@@ -186,10 +190,25 @@ def _pool(num_workers: int) -> ProcessPoolExecutor:
     # forked from a process that has only imported what they need, once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_prep.unit_step"])
-    executor = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker)
-    for _ in range(num_workers):
-        executor.submit(_ready)  # they start now, while this process still has other things to do
-    return executor
+    for attempt in range(MAX_DEATHS):
+        executor = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker)
+        try:
+            for _ in range(num_workers):
+                _submitted(executor, _ready)  # they start now, while this process still has other things to do
+            return executor
+        except BrokenProcessPool as error:
+            executor.shutdown(wait=True, cancel_futures=True)
+            time.sleep(0.3)  # until the system knows that the process is gone
+            if attempt == MAX_DEATHS - 1:
+                raise _worker_died() from error
+    raise AssertionError
+
+
+def _submitted(executor: Executor, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+    try:
+        return executor.submit(function, *arguments)
+    except (EOFError, ConnectionError) as error:  # the process that forks workers was killed; the next pool has another
+        raise BrokenProcessPool("no worker could be started") from error
 
 
 def _ready() -> None:

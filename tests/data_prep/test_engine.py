@@ -79,6 +79,20 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_advice(kind: str):
         list(running.run(die, [0]))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_that_forks_workers_may_be_killed_as_well():
+    with engine.started(config("pool"), 60) as running:
+        answers = {}
+        for index, pid in running.run(process_id, range(60)):
+            answers[index] = pid
+            if len(answers) == 5:
+                children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+                for child in children:
+                    if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        os.kill(int(child), signal.SIGKILL)
+    assert sorted(answers) == list(range(60))
+
+
 def square_or_die(number: int) -> int:
     if number == 0:
         time.sleep(0.05)  # others end meanwhile
