@@ -82,7 +82,7 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_advice(kind: str):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_that_forks_workers_may_be_killed_as_well():
     with engine.started(config("pool"), 60) as running:
-        answers = {}
+        answers, killed = {}, []
         for index, pid in running.run(process_id, range(60)):
             answers[index] = pid
             if len(answers) == 5:
@@ -90,6 +90,8 @@ def test_the_process_that_forks_workers_may_be_killed_as_well():
                 for child in children:
                     if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
                         os.kill(int(child), signal.SIGKILL)
+                        killed.append(child)
+    assert len(killed) == 1
     assert sorted(answers) == list(range(60))
 
 
