@@ -98,9 +98,13 @@ class Preparation:
         return len(self._units)
 
     def run(self, tokenizer: Tokenizer | None, engine: Engine) -> Manifest:
-        """Do all steps on an engine; the data folder is as it was until the last."""
+        """Do all steps on an engine; the data folder is as it was until the last.
+
+        Args:
+            tokenizer: loaded from a file; None trains one.
+        """
         self._engine = engine
-        if tokenizer is None or tokenizer.file is None:
+        if tokenizer is None:
             tokenizer = self._trained_tokenizer()
         units = self._process_units(tokenizer)
         bad_lines.check(units, self._config.engine.max_bad_fraction)

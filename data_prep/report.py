@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import mixture_file
+from data_prep.looking.text_table import aligned
 
 _COLUMNS = ("source", "split", "documents", "tokens", "MB text", "bytes/token", "dropped", "duplicates", "bad")
 
 
 def table(summary: dict[str, Any], elapsed_s: float) -> str:
     """Counts per source and split, and the speed of the whole."""
-    rows: list[tuple[str, ...]] = [_COLUMNS]
+    rows: list[tuple[str, ...]] = []
     read_bytes = 0
     for name, source in summary["sources"].items():
         read_bytes += source["read_bytes"]
@@ -29,9 +30,7 @@ def table(summary: dict[str, Any], elapsed_s: float) -> str:
                 )
             )
             name, lost = "", ("", "", "")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, f"{elapsed_s:.1f} s, {read_bytes / 1e6 / elapsed_s:.2f} MB/s"])
+    return "\n".join([*aligned(_COLUMNS, rows), f"{elapsed_s:.1f} s, {read_bytes / 1e6 / elapsed_s:.2f} MB/s"])
 
 
 def next_command(folder: Path) -> str:
