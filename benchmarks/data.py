@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures the chosen sections, prints their tables; a run of all sections writes JSON and PNG."""
     options = _options(argv)
     print(f"{device_name()}  python {describe()['python']}", flush=True)
-    corpus = make_corpus(options.corpus, options.megabytes, options.chinese)
+    corpus = make_corpus(options.corpus, options.megabytes, options.chinese, options.passes)
     print(corpus.describe(), flush=True)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bessemer-data-", dir=options.folder) as folder:
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[section] = getattr(bench, section)()
     data_report.goals_table(bench.goals).print()
     if set(options.sections) == set(SECTIONS):
-        command = f"{COMMAND} --megabytes {options.megabytes:g} --rounds {options.rounds} --workers {options.workers}"
+        names = ("megabytes", "passes", "peer_megabytes", "rounds", "workers", "documents")
+        command = " ".join([COMMAND, *(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)])
         rows = results.pop("encode")
         facts = {"corpus": corpus.describe(), "goals": data_report.goals_table(bench.goals).records(), **results}
         print(f"\nwrote {write_result('data', command, rows, **facts)} and {result_path('data', 'png').name}")
@@ -64,6 +65,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--megabytes", type=float, default=48, help="text of the corpus")
     parser.add_argument("--peer-megabytes", type=float, default=12, help="of it for other projects' ways, about")
+    parser.add_argument("--passes", type=int, default=1, help="so many times over it, in other orders")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--documents", type=int, default=10_000_000, help="for the section dedup")

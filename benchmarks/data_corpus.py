@@ -1,6 +1,7 @@
 """The corpus of the data benchmarks: distinct documents of code, English and Chinese, made from what is installed.
 
-    FOLDER/<key>/part-0.jsonl ...     all documents in the order of a hash, in files of equal size
+    FOLDER/<key>/part-0.jsonl ...     all documents in the order of a hash, in files of equal size; more passes write
+                                      them again, each in an order of its own, as no installation has gigabytes
                  part-0.ids.npy ...   their ids by the `tokenizers` library, an EOS behind each: what is right
                  code-0.jsonl, english-0.jsonl, chinese-0.jsonl   the same documents by kind, for the filters
                  code-1.jsonl, ...    copies of some of them, changed more or less
@@ -36,7 +37,7 @@ from data_prep.reading.corpus import InputFile
 from data_prep.tokenizing.backends import JSON_FILE, load_backend
 from data_prep.tokenizing.tokenizer import SPECIAL_TOKENS, train_bpe
 
-VERSION = 1
+VERSION = 2
 NUM_PARTS = 8
 KINDS = ("code", "english", "chinese")
 CHINESE_SHARE, ENGLISH_SHARE = 0.5, 0.2
@@ -62,6 +63,7 @@ class Corpus:
     """The same by kind."""
     planted_bytes: int
     vocab_size: int
+    num_passes: int
     remark: str
     """Why there is no Chinese, if there is none."""
 
@@ -92,14 +94,15 @@ class Corpus:
         """Sizes and shares, in words."""
         total = sum(self.kind_bytes.values())
         shares = ", ".join(f"{kind} {size / total:.0%}" for kind, size in self.kind_bytes.items())
-        return f"{total / 1e6:.1f} MB of distinct texts: {shares}{self.remark and f' ({self.remark})'}"
+        passes = f", {self.num_passes} times in other orders" if self.num_passes > 1 else ""
+        return f"{total / 1e6:.1f} MB of distinct texts{passes}: {shares}{self.remark and f' ({self.remark})'}"
 
 
 EOS_ID = SPECIAL_TOKENS.index("<|endoftext|>")
 PAD_ID = SPECIAL_TOKENS.index("<|pad|>")
 
 
-def make_corpus(folder: Path, megabytes: float, chinese: str = "debian") -> Corpus:
+def make_corpus(folder: Path, megabytes: float, chinese: str = "debian", num_passes: int = 1) -> Corpus:
     """The corpus of a size, from the disk if it is there.
 
     chinese: "debian", "none", or a file of JSON lines with a "text".
@@ -107,14 +110,16 @@ def make_corpus(folder: Path, megabytes: float, chinese: str = "debian") -> Corp
     folder.mkdir(parents=True, exist_ok=True)
     chinese_file, remark = _chinese_file(folder, chinese)
     sources = corpus.installed_python()
-    content = [VERSION, megabytes, str(chinese_file), sys.version, [[s.name, s.size_bytes] for s in sources]]
+    listing = [[source.name, source.size_bytes] for source in sources]
+    content = [VERSION, megabytes, num_passes, str(chinese_file), sys.version, listing]
     place = folder / xxhash.xxh3_64_hexdigest(json.dumps(content).encode("utf-8", "surrogateescape"))
     if not place.is_dir():
         print(f"making the corpus in {place}; later runs find it there", flush=True)
         temporary = publish.temporary_beside(place)
         temporary.mkdir()
         try:
-            _write(temporary, sources, chinese_file, int(megabytes * 1e6), remark)
+            documents = _documents(sources, chinese_file, int(megabytes * 1e6))
+            _write(temporary, documents, num_passes, remark)
             publish.publish_folder(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,30 +141,40 @@ def _chinese_file(folder: Path, chinese: str) -> tuple[Path | None, str]:
     return min(place.glob("*.jsonl")), ""
 
 
-def _write(folder: Path, sources: Sequence[InputFile], chinese: Path | None, total_bytes: int, remark: str) -> None:
-    documents = _documents(sources, chinese, total_bytes)
+def _write(folder: Path, documents: list[tuple[str, str]], num_passes: int, remark: str) -> None:
     documents.sort(key=lambda item: _hash(item[1]))
-    sizes = np.array([len(text.encode("utf-8")) for _, text in documents])
-    part_of = np.minimum(np.cumsum(sizes) * NUM_PARTS // (sizes.sum() + 1), NUM_PARTS - 1)
     tokenizer = train_bpe((text for _, text in documents[::3]), VOCAB_SIZE)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
-    for part in range(NUM_PARTS):
-        texts = [documents[i][1] for i in np.flatnonzero(part_of == part)]
-        _write_lines(folder / f"part-{part}.jsonl", texts)
-        np.save(folder / f"part-{part}.ids.npy", _right_ids(folder / "tokenizer" / JSON_FILE, texts))
+    text_bytes: list[int] = []
+    texts = [text for _, text in documents]
+    for pass_ in range(num_passes):
+        if pass_:
+            texts.sort(key=lambda text: _hash(f"{pass_} {text}"))
+        for share in _equal_shares(texts):
+            part = len(text_bytes)
+            _write_lines(folder / f"part-{part}.jsonl", share)
+            np.save(folder / f"part-{part}.ids.npy", _right_ids(folder / "tokenizer" / JSON_FILE, share))
+            text_bytes.append(sum(_size(text) for text in share))
     for kind in KINDS:
         _write_lines(folder / f"{kind}-0.jsonl", (text for k, text in documents if k == kind))
     table = {
-        "text_bytes": [int(sizes[part_of == part].sum()) for part in range(NUM_PARTS)],
-        "kind_bytes": {
-            k: int(sum(s for (kind, _), s in zip(documents, sizes, strict=True) if kind == k)) for k in KINDS
-        },
+        "text_bytes": text_bytes,
+        "kind_bytes": {kind: sum(_size(text) for k, text in documents if k == kind) for kind in KINDS},
         "planted_bytes": _plant(folder, documents),
         "vocab_size": tokenizer.vocab_size,
+        "num_passes": num_passes,
         "remark": remark,
     }
     publish.write_text(folder / "corpus.json", json.dumps(table, indent=1) + "\n")
+
+
+def _equal_shares(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in NUM_PARTS shares of about equal size."""
+    ends = np.cumsum([_size(text) for text in texts])
+    part_of = np.minimum(ends * NUM_PARTS // (ends[-1] + 1), NUM_PARTS - 1)
+    for part in range(NUM_PARTS):
+        yield [texts[i] for i in np.flatnonzero(part_of == part)]
 
 
 def _documents(sources: Sequence[InputFile], chinese: Path | None, total_bytes: int) -> list[tuple[str, str]]:
@@ -172,7 +187,7 @@ def _documents(sources: Sequence[InputFile], chinese: Path | None, total_bytes: 
             if most_bytes <= 0:
                 return
             text = cleaner.normalise(text, "code")
-            size_bytes = len(text.encode("utf-8"))
+            size_bytes = _size(text)
             if _MIN_BYTES <= size_bytes <= _MAX_BYTES and _MARK not in text and (key := _hash(text)) not in seen:
                 seen.add(key)
                 most_bytes -= size_bytes
@@ -184,7 +199,7 @@ def _documents(sources: Sequence[InputFile], chinese: Path | None, total_bytes: 
     found = list(distinct("chinese", chinese_texts, CHINESE_SHARE * total_bytes))
     # From other sources than the code: no text comes twice.
     found += distinct("english", (_docstrings(source.path) for source in halves[1]), ENGLISH_SHARE * total_bytes)
-    left_bytes = total_bytes - sum(len(text.encode("utf-8")) for _, text in found)
+    left_bytes = total_bytes - sum(_size(text) for _, text in found)
     return [*found, *distinct("code", (_source(source.path) for source in halves[0]), left_bytes)]
 
 
@@ -222,7 +237,7 @@ def _plant(folder: Path, documents: Sequence[tuple[str, str]]) -> int:
     for kind in KINDS:
         copies = (copy for k, text in originals if k == kind for copy in planted(text))
         _write_lines(folder / f"{kind}-1.jsonl", copies)
-    return sum(len(copy.encode("utf-8")) for _, text in originals for copy in planted(text))
+    return sum(_size(copy) for _, text in originals for copy in planted(text))
 
 
 def planted(text: str) -> list[str]:
@@ -257,6 +272,10 @@ def _texts(path: str | Path) -> Iterator[str]:
 def _write_lines(path: Path, texts: Iterable[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8"))
 
 
 def _hash(text: str) -> int:

@@ -76,7 +76,7 @@ class Bench:
     def encode(self) -> list[dict[str, Any]]:
         """JSON lines to token files."""
         corpus, workers = self._corpus, self._options.workers
-        few = max(1, round(len(corpus.parts) * self._options.peer_megabytes / self._options.megabytes))
+        few = max(1, round(len(corpus.parts) * self._options.peer_megabytes * 1e6 / sum(corpus.text_bytes)))
         whole = (corpus.parts, sum(corpus.text_bytes))
         # A file for each process, or a way that deals files to processes would run in fewer.
         few = min(max(few, workers), len(corpus.parts))

@@ -29,8 +29,9 @@ MIN_IN_FLIGHT_OF_DASK = 512
 MAX_DEATHS = 3
 """Of workers while one task was given out, after which a run gives up on it."""
 _NO_TASK = -1
-MANY_TASKS = 64
-"""From here on, 256 MB by default, what Dask's start costs is little beside what its dashboard and scheduler give."""
+MANY_TASKS = 512
+"""From here on, 32 GB by default, what Dask costs (2 s at the start, a scheduler beside the workers) is little beside
+what its dashboard gives: on two cores 824 MB take 16 s with it, 12 s without."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
