@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.launch import sum_dtype
 from model.cache import KVCache
-from model.transformer import Transformer
+from model.transformer import Transformer, soft_capped
 
 
 class GenerationError(ValueError):
@@ -138,7 +139,7 @@ def _steps(
         # Ended samples go on being computed and ignored: with rows dropped, another matrix product might round the
         # other samples' logits differently.
         tokens_BT = torch.tensor(tokens, device=device)[:, None]
-        logits_BV = model(tokens_BT, cache=cache, readout=_last_logits)
+        logits_BV = _last_logits(model, tokens_BT, cache)
 
 
 def _read_prompt(model: Transformer, prompt: list[int], capacity: int, num_samples: int) -> tuple[Tensor, KVCache]:
@@ -147,20 +148,23 @@ def _read_prompt(model: Transformer, prompt: list[int], capacity: int, num_sampl
     tokens_BT = torch.tensor([prompt], device=weight.device)
     if num_samples == 1:
         cache = KVCache(model.config, 1, capacity, weight.dtype, weight.device)
-        return model(tokens_BT, cache=cache, readout=_last_logits), cache
+        return _last_logits(model, tokens_BT, cache), cache
     row = KVCache(model.config, 1, len(prompt), weight.dtype, weight.device)
-    logits_BV = model(tokens_BT, cache=row, readout=_last_logits)
+    logits_BV = _last_logits(model, tokens_BT, row)
     cache = KVCache(model.config, num_samples, capacity, weight.dtype, weight.device)
-    cache.keys[:, :, : row.length] = row.keys
-    cache.values[:, :, : row.length] = row.values
-    cache.advance(row.length)
+    cache.copy_row(row)
     return logits_BV.expand(num_samples, -1), cache
 
 
-def _last_logits(hidden_BTD: Tensor, head_VD: Tensor) -> Tensor:
-    """(B, V) in fp32 at least: the logits of a long prompt's other positions would be gigabytes."""
-    logits_BV = F.linear(hidden_BTD[:, -1], head_VD)
-    return logits_BV.float() if logits_BV.dtype in (torch.bfloat16, torch.float16) else logits_BV
+def _last_logits(model: Transformer, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+    """(B, V) in fp32 at least, after the last of tokens: the logits of a long prompt's others would be gigabytes."""
+    soft_cap = model.config.logit_softcap
+
+    def readout(hidden_BTD: Tensor, head_VD: Tensor) -> Tensor:
+        logits_BV = F.linear(hidden_BTD[:, -1], head_VD)
+        return soft_capped(logits_BV.to(sum_dtype(logits_BV)), soft_cap)
+
+    return model(tokens_BT, cache=cache, readout=readout)
 
 
 def _uniform(seed: int, step: int, sample: int) -> float:

@@ -52,8 +52,8 @@ class LoadedModel:
 def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> LoadedModel:
     """Builds the model that path holds; of a run folder, its newest published checkpoint.
 
-    Dtypes: weights become `dtype`, by default bf16 on CUDA and fp32 on the CPU. device "auto" is CUDA where there is
-    one.
+    Dtypes: weights become `dtype`, by default bf16 on CUDA and fp32 on the CPU; routers at least fp32. device "auto" is
+    CUDA where there is one.
     Raises:
         ModelFolderError: no model there, damaged weights, a tokenizer that does not fit, or no such device.
         ConvertError, CheckpointError, TokenizerError: a part of the folder is unreadable.
@@ -65,11 +65,17 @@ def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | N
     with torch.device("meta"):
         model = Transformer(stored.config)
     try:
-        model.load_state_dict({name: value.to(target, dtype) for name, value in stored.state.items()}, assign=True)
+        state = {name: value.to(target, _stored_as(name, dtype)) for name, value in stored.state.items()}
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ModelFolderError(f"{stored.path}: the weights do not fit the config beside them: {error}") from error
     model.tie()
     return LoadedModel(model.eval(), stored.tokenizer, stored.path)
+
+
+def _stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Routers stay in fp32: rounded scores would pick other experts than in training."""
+    return torch.promote_types(dtype, torch.float32) if ".routers." in name else dtype
 
 
 def read_model(path: str | Path) -> StoredModel:

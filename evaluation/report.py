@@ -1,4 +1,4 @@
-"""A run's report: report.md and loss.png from what the run folder holds.
+"""A run's report: report.md, loss.png and, of a mixture, experts.png from what the run folder holds.
 
 python -m evaluation.report runs/demo
 """
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.config_file import from_table
 from model.config import ModelConfig
-from model.flops import flops_per_token, num_params
+from model.flops import flops_per_token, num_active_params, num_params
 from resume import checkpoint
 
 
@@ -29,7 +30,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def write_report(run: Path) -> Path:
-    """Writes report.md and loss.png into the run folder and returns the report's path.
+    """Writes report.md and its pictures into the run folder and returns the report's path.
 
     Raises:
         ValueError: the run has trained no step yet.
@@ -42,6 +43,8 @@ def write_report(run: Path) -> Path:
         raise ValueError(f"{run}/metrics.jsonl has no trained step; nothing to report")
     draw_loss(run / "loss.png", steps, validations)
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    if any("load" in record.get("experts", {}) for record in steps):
+        draw_loads(run / "experts.png", steps)
     lines = _lines(run, config, steps, validations, num_skipped=len(logged) - len(steps))
     report = run / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -79,6 +82,60 @@ def draw_loss(path: Path, steps: Sequence[dict[str, Any]], validations: Sequence
     figure.savefig(path, dpi=120)
 
 
+def draw_loads(path: Path, steps: Sequence[dict[str, Any]]) -> None:
+    """Draws, of each layer with experts, every expert's load over the steps, in multiples of the mean load."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [(record["step"], record["experts"]["load"]) for record in steps if "load" in record.get("experts", {})]
+    num_layers, num_experts = len(known[0][1]), len(known[0][1][0])
+    columns = min(4, num_layers)
+    rows = -(-num_layers // columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    image = None
+    for layer, axes in enumerate(grid.flat):
+        if layer >= num_layers:
+            axes.set_axis_off()
+            continue
+        loads = [[num_experts * load[layer][expert] for _, load in known] for expert in range(num_experts)]
+        extent = (known[0][0], known[-1][0] + 1, num_experts - 0.5, -0.5)
+        image = axes.imshow(loads, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest")
+        axes.set_title(f"layer {layer}", fontsize=9)
+    figure.supxlabel("step")
+    figure.supylabel("expert")
+    assert image is not None  # there is at least one layer
+    figure.colorbar(image, ax=grid, label="load / mean load", extend="max")
+    figure.savefig(path, dpi=120)
+
+
+def _expert_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """The experts of a mixture at the last step, by layer with experts."""
+    experts = steps[-1].get("experts")
+    if experts is None:
+        return []
+    columns = [experts[name] for name in ("max_violation", "dead", "would_drop", "entropy")]
+    rows = [
+        f"| {layer} | {violation:.3f} | {dead} | {drop:.2%} | {entropy:.3f} |"
+        for layer, (violation, dead, drop, entropy) in enumerate(zip(*columns, strict=True))
+    ]
+    return [
+        "## Experts",
+        "",
+        "![load of the experts](experts.png)",
+        "",
+        "At the last step, of each layer with experts: the busiest expert's load over the mean, less one (MaxVio); "
+        "experts without a token; picks that a capacity of 1.25 times the mean load would drop; entropy of the "
+        "router's scores in nats.",
+        "",
+        "| layer | MaxVio | dead | would drop | entropy |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
 def _lines(
     run: Path,
     config: dict[str, Any],
@@ -86,13 +143,16 @@ def _lines(
     validations: Sequence[dict[str, Any]],
     num_skipped: int,
 ) -> list[str]:
-    model = ModelConfig(**config["model"])
+    model = from_table(config["model"], ModelConfig, "model")
     last = steps[-1]
     newest = checkpoint.latest(run)
     speed = statistics.median(record["tokens_per_s_per_device"] for record in steps)
     utilisation = [record["mfu"] for record in steps if record.get("mfu") is not None]
     facts = [
-        ("parameters", f"{num_params(model):,}"),
+        (
+            "parameters",
+            f"{num_params(model):,}" + (f", {num_active_params(model):,} active" if model.expert_layers else ""),
+        ),
         ("model FLOPs per token", f"{flops_per_token(model, config['data']['sequence_length']):.4g}"),
         ("steps", f"{last['step']:,} of {config['run']['num_steps']:,}, {num_skipped} skipped by the guard"),
         ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.3f} epochs)"),
@@ -123,6 +183,7 @@ def _lines(
         "| ---: | ---: | ---: | ---: |",
         *held_out,
         "",
+        *_expert_lines(steps),
         "The config is in config.toml, every step in metrics.jsonl, curves in tensorboard/.",
     ]
 

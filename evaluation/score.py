@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from data_prep.tokenizing.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE
 from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.batch import TokenRows, as_unsigned, collate, empty_rows, token_rows
+from model.transformer import Transformer
 from resume.samples import NO_SAMPLE, SampleReader
 
 
@@ -47,12 +47,13 @@ class Score:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, batches: Iterable[TokenRows], token_bytes: NDArray[np.int32], device: torch.device
+    model: Transformer, batches: Iterable[TokenRows], token_bytes: NDArray[np.int32], device: torch.device
 ) -> Score:
     """Sums loss, targets and bytes over batches; the model is left in the mode it came in.
 
     Shapes: token_bytes (V,), the bytes each token stands for.
     """
+    soft_cap = model.config.logit_softcap
     was_training = model.training
     model.eval()
     token_bytes_V = torch.from_numpy(token_bytes).to(device)
@@ -62,7 +63,9 @@ def score(
         loss_sum = model(
             batch.tokens,
             batch.boundaries,
-            readout=lambda hidden, head, targets=batch.targets: linear_cross_entropy_sum(hidden, head, targets),
+            readout=lambda hidden, head, targets=batch.targets: linear_cross_entropy_sum(
+                hidden, head, targets, soft_cap=soft_cap
+            ),
         )
         num_bytes = token_bytes_V[batch.targets[batch.targets != IGNORE]].sum()
         total += Score(loss_sum.item(), batch.num_targets, int(num_bytes.item()))

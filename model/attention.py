@@ -1,5 +1,7 @@
 """Grouped-query self-attention with rotary positions."""
 
+from typing import TypedDict
+
 from torch import Tensor, nn
 
 from kernels.attention import DocumentBoundaries, attention
@@ -7,6 +9,19 @@ from kernels.rope import rope, rope_packed
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.norm import RMSNorm
+
+
+class AttentionLimits(TypedDict):
+    """The options of `kernels.attention.attention` that a layer always passes."""
+
+    window: int | None
+    scale: float | None
+    soft_cap: float | None
+
+
+def attention_limits(config: ModelConfig, layer: int) -> AttentionLimits:
+    """Which keys a layer's queries see, and how their scores are bounded."""
+    return AttentionLimits(window=config.window(layer), scale=config.attention_scale, soft_cap=config.attention_softcap)
 
 
 class Attention(nn.Module):
@@ -17,11 +32,16 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.num_kv_heads, config.head_size
         self.rope_interleaved = config.rope_interleaved
+        self.limits = attention_limits(config, layer)
         self.split_sizes = (config.query_size, config.kv_size, config.kv_size)
         self.qkv = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
         self.out = nn.Linear(config.query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.norms_heads = config.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            q_size, k_size = (config.head_size,) * 2 if self.norms_heads else (config.query_size, config.kv_size)
+            self.q_norm = RMSNorm(q_size, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(k_size, config.norm_eps, config.norm_offset)
 
     def forward(
         self,
@@ -35,15 +55,19 @@ class Attention(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, cos_TK, sin_TK)
         if cache is not None:
             k_BTGK, v_BTGK = cache.extend(self.layer, k_BTGK, v_BTGK)
-        return self.out(attention(q_BTHK, k_BTGK, v_BTGK, boundaries).flatten(2))
+        return self.out(attention(q_BTHK, k_BTGK, v_BTGK, boundaries, **self.limits).flatten(2))
 
     def _project(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys, and values."""
         qkv_BTN = self.qkv(x_BTD)
         if self.q_norm is None or self.k_norm is None:
             return rope_packed(qkv_BTN, cos_TK, sin_TK, self.num_heads, self.num_kv_heads, self.rope_interleaved)
-        q_BTHK, k_BTGK, v_BTGK = (
-            part.unflatten(-1, (-1, self.head_size)) for part in qkv_BTN.split(self.split_sizes, dim=-1)
-        )
-        rotated = rope(self.q_norm(q_BTHK), self.k_norm(k_BTGK), cos_TK, sin_TK, self.rope_interleaved)
-        return *rotated, v_BTGK
+        q_BTN, k_BTN, v_BTN = qkv_BTN.split(self.split_sizes, dim=-1)
+        if self.norms_heads:
+            q_BTHK, k_BTGK = self.q_norm(self._heads(q_BTN)), self.k_norm(self._heads(k_BTN))
+        else:
+            q_BTHK, k_BTGK = self._heads(self.q_norm(q_BTN)), self._heads(self.k_norm(k_BTN))
+        return *rope(q_BTHK, k_BTGK, cos_TK, sin_TK, self.rope_interleaved), self._heads(v_BTN)
+
+    def _heads(self, x_BTN: Tensor) -> Tensor:
+        return x_BTN.unflatten(-1, (-1, self.head_size))

@@ -19,6 +19,7 @@ from evaluation.score import Score, padded_token_bytes, score, shard_batches
 from kernels import launch
 from kernels.attention import attention_by
 from model.batch import TokenRows
+from model.config import TRAINING_KEYS, ModelConfig
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
@@ -124,7 +125,10 @@ def open_run(
             optimizer=make_optimizer(model, config.optim, exact=config.parallel.precision == "exact"),
             feed=feed,
             objective=functools.partial(
-                next_token_loss, z_loss=config.optim.z_loss, label_smoothing=config.optim.label_smoothing
+                next_token_loss,
+                z_loss=config.optim.z_loss,
+                label_smoothing=config.optim.label_smoothing,
+                soft_cap=config.model.logit_softcap,
             ),
             validate=_validation(config, data, model, ranks, watch, cleanup),
             log=None,
@@ -175,14 +179,15 @@ def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
     if config.run.init_from is None:
         return lambda name, shape: initial_value(config.model, name, shape, config.run.seed)
     imported, tensors = read_hugging_face(Path(config.run.init_from))
-    shape_keys = [field.name for field in dataclasses.fields(imported) if not field.name.startswith("init")]
-    differing = [key for key in shape_keys if getattr(imported, key) != getattr(config.model, key)]
+    shape_keys = [key for key in keys(ModelConfig) if key not in TRAINING_KEYS]
+    differing = [key for key in shape_keys if value_of(imported, key) != value_of(config.model, key)]
     if differing:
-        wanted = " ".join(f"--model.{key.replace('_', '-')} {getattr(imported, key)}" for key in differing)
+        wanted = " ".join(f"--model.{key.replace('_', '-')} {value_of(imported, key)}" for key in differing)
         raise ConfigError(f"{config.run.init_from} holds another model than [model] describes; set {wanted}")
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        return tensors[name]
+        # Nobody else's file has what a mixture's balance goes by.
+        return tensors[name] if name in tensors else initial_value(config.model, name, shape, config.run.seed)
 
     return value
 

@@ -1,6 +1,7 @@
 """Every key of a training run, with its default, unit and meaning. Imports no torch, so that --help is instant."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -43,6 +44,7 @@ CHANGEABLE_ON_RESUME = (
     "kernels.cross_entropy",
     "kernels.linear_cross_entropy",
     "kernels.attention",
+    "kernels.moe",
     "guard.on_nonfinite",
     "guard.on_spike",
     "guard.sigma",
@@ -206,6 +208,8 @@ class KernelSection:
     """The output head together with the loss: logits of a part of the rows at a time, or of all."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4"] = "auto"
     """Torch's attention kernels, or FlashAttention 3 or 4 of the flash-attn project's packages."""
+    moe: Literal["auto", "triton", "grouped_mm", "loop"] = "auto"
+    """Experts: our grouped products, torch's, or one expert after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,10 +327,9 @@ class RunConfig:
         return -(-self.data.batch_sequences // (world_size * self.data.micro_batch_sequences))
 
 
-def value_of(config: RunConfig, name: str) -> Any:
-    """The value of `section.key`."""
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
+def value_of(config: object, name: str) -> Any:
+    """The value of `section.key`, or of a key deeper down."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def refuse_changes(config: RunConfig, stored: RunConfig) -> None:

@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.config_file import to_toml
 from evaluation.score import Score
+from kernels.cross_entropy import IGNORE
+from model.balance import RoutingLog, apply_counts, set_load
 from model.batch import Batch
 from model.flops import flops_per_token, mfu
 from resume import requests, rng
@@ -22,6 +24,7 @@ from resume.manifest import DataError
 from resume.saver import Saved, Saver
 from resume.state import DataState
 from train.config import RunConfig
+from train.experts import StepRouting, expert_record, keeps_books
 from train.faults import Faults
 from train.feed import Feed
 from train.guard import Guard, Verdict
@@ -36,6 +39,8 @@ from train.watch import Watch
 
 # Steps between collections of reference cycles.
 _COLLECT_EVERY = 100
+# Steps between records of every expert's load, which are long.
+_LOADS_EVERY = 10
 
 
 class HostBatch(Protocol):
@@ -51,8 +56,8 @@ class HostBatch(Protocol):
         ...
 
 
-Objective = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> the sum of a loss over the batch's targets."""
+Objective = Callable[[nn.Module, Batch, RoutingLog | None], Tensor]
+"""(model, batch, routing) -> the sum of a loss over the batch's targets; it hands `routing` to the model it trains."""
 
 
 class NotFiniteError(ValueError):
@@ -110,6 +115,8 @@ class StepOutcome:
     num_targets: int
     verdict: Verdict
     stop_requested: bool
+    routing: StepRouting | None
+    """Of a model with experts: what its routers did."""
 
 
 @contextlib.contextmanager
@@ -189,12 +196,22 @@ def train_step(
     """
     model, ranks = trainer.model, trainer.ranks
     divisor = max(1, num_targets)  # a step may have no targets, if all its samples are quarantined
-    loss_sum = accumulate_gradients(trainer, micro_batches, divisor, step)
+    routing = StepRouting.none(trainer.config.model, ranks.device) if keeps_books(trainer.config.model) else None
+    if routing is not None and trainer.config.model.moe.balance == "switch":
+        _count_picks(trainer, micro_batches, step)
+    loss_sum = accumulate_gradients(trainer, micro_batches, divisor, step, routing)
     trainer.watch.at("reduce", step)
-    # One collective and one wait for the device per step: loss, gradient norm, and whether anyone was told to stop.
-    total_loss, squared_norm, num_stops = ranks.sum_all(
-        [loss_sum, squared_grad_norm(model, ranks.rank), float(trainer.stop.is_set)]
+    # One collective and one wait for the device per step: loss, gradient norm, whether anyone was told to stop, and
+    # what the routers did.
+    total_loss, squared_norm, num_stops, *routed = ranks.sum_all(
+        [
+            loss_sum,
+            squared_grad_norm(model, ranks.rank),
+            float(trainer.stop.is_set),
+            *(routing.tensors() if routing is not None else ()),
+        ]
     )
+    routing = routing.from_numbers(routed) if routing is not None else None
     grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
     verdict = trainer.guard.judge(total_loss / divisor, grad_norm) if num_targets else Verdict("skip", "no targets")
     if verdict.action == "apply":
@@ -203,6 +220,8 @@ def train_step(
             scale_gradients(model, factor)
         set_learning_rate(trainer.optimizer, rate)
         trainer.optimizer.step()
+        if routing is not None:
+            apply_counts(model, routing.counts)
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepOutcome(
         loss_mean=total_loss / divisor,
@@ -210,23 +229,59 @@ def train_step(
         num_targets=num_targets,
         verdict=verdict,
         stop_requested=num_stops > 0,
+        routing=routing,
     )
 
 
-def accumulate_gradients(trainer: Trainer, micro_batches: Sequence[HostBatch], divisor: int, step: int) -> Tensor:
+def accumulate_gradients(
+    trainer: Trainer,
+    micro_batches: Sequence[HostBatch],
+    divisor: int,
+    step: int,
+    routing: StepRouting | None = None,
+) -> Tensor:
     """Adds the gradients of losses / divisor to the model's and returns this rank's loss sum, on the device.
 
-    Nothing in here waits for the device, so that it always has the next kernels queued.
+    With `routing`, what the routers do is added to it, and their penalties to the loss of each micro-batch, though not
+    to the sum that is returned. Nothing in here waits for the device, so that it always has the next kernels queued.
     """
     model, device = trainer.model, trainer.ranks.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro_batches):
         trainer.watch.at("forward", step)
         sync_gradients(model, is_last=i == len(micro_batches) - 1)
-        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, batch.to(device)), step)
-        (micro_loss_sum / divisor).backward()
+        on_device = batch.to(device)
+        log = _routing_log(trainer, on_device, step) if routing is not None else None
+        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, on_device, log), step)
+        penalty_sum = log.penalty_sum if log is not None else 0.0
+        ((micro_loss_sum + penalty_sum) / divisor).backward()
         loss_sum += micro_loss_sum.detach()
+        if routing is not None and log is not None:
+            routing.add_(log)
     return loss_sum
+
+
+def _routing_log(trainer: Trainer, batch: Batch, step: int) -> RoutingLog:
+    """A log that counts tokens with a target: others may be there on one number of ranks and not on another."""
+    is_sampling = trainer.config.model.moe.sampling
+    noise_seed = rng.step_seed(trainer.config.run.seed, step) if is_sampling else None
+    return RoutingLog(batch.targets != IGNORE, noise_seed)
+
+
+@torch.no_grad()
+def _count_picks(trainer: Trainer, micro_batches: Sequence[HostBatch], step: int) -> None:
+    """Tells the routers the load of the whole step, by a forward more over all its micro-batches."""
+    model, ranks = trainer.model, trainer.ranks
+    counted = StepRouting.none(trainer.config.model, ranks.device)
+    for host_batch in micro_batches:
+        trainer.watch.at("forward", step)
+        batch = host_batch.to(ranks.device)
+        log = _routing_log(trainer, batch, step)
+        model(batch.tokens, batch.boundaries, routing=log, readout=lambda hidden_BTD, _: hidden_BTD.new_zeros(()))
+        counted.add_(log)
+    reshard(model)
+    trainer.watch.at("reduce", step)
+    set_load(model, counted.from_numbers(ranks.sum_all(counted.tensors())).counts)
 
 
 def save(trainer: Trainer, progress: Progress, loss: float | None = None) -> None:
@@ -377,6 +432,13 @@ def _validate(trainer: Trainer, progress: Progress) -> None:
         trainer.log.validation(progress.step, score.loss_mean, score.perplexity, score.bits_per_byte)
 
 
+def _expert_record(trainer: Trainer, step: int, routing: StepRouting | None) -> dict[str, Any] | None:
+    if routing is None:
+        return None
+    with_loads = step % _LOADS_EVERY == 0 or step in (1, trainer.config.run.num_steps)
+    return expert_record(trainer.model, trainer.config.model, routing, with_loads=with_loads)
+
+
 def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: float, step_s: float) -> None:
     if trainer.log is None:
         return
@@ -395,5 +457,6 @@ def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: 
         tokens_seen=progress.data.tokens_seen,
         epoch=max(trainer.feed.order.progress(progress.data.position).values()),
         skipped=outcome.verdict.action != "apply",
+        experts=_expert_record(trainer, progress.step, outcome.routing),
     )
     trainer.log.step(record, config.run.num_steps)

@@ -2,7 +2,9 @@
 
 TensorBoard tags: train/loss, optim/learning_rate, optim/grad_norm, perf/tokens_per_s_per_device,
 perf/mfu, perf/step_s, perf/memory_gib, perf/save_stall_s, perf/save_s, data/tokens_seen, data/epoch, validation/loss,
-validation/perplexity, validation/bits_per_byte; the resolved config as text under run/config.
+validation/perplexity, validation/bits_per_byte; of a mixture experts/penalty and, for each layer with experts,
+experts/max_violation, dead, would_drop, entropy, z, bias_lowest, bias_highest and histograms of experts/load; the
+resolved config as text under run/config.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -53,6 +56,8 @@ class StepRecord:
     tokens_seen: int
     epoch: float
     skipped: bool = False
+    experts: dict[str, Any] | None = None
+    """See `train.experts.expert_record`."""
 
 
 class RunLog:
@@ -69,7 +74,12 @@ class RunLog:
 
     def step(self, record: StepRecord, num_steps: int) -> None:
         """Logs one step everywhere and prints its line."""
-        self._write(dataclasses.asdict(record))
+        values = dataclasses.asdict(record)
+        if record.experts is None:
+            del values["experts"]
+        else:
+            self._draw_experts(record.step, record.experts)
+        self._write(values)
         # The running mean of about twenty steps: steady, yet it follows a change of speed. The first step warms up.
         self._mean_step_s = 0.95 * self._mean_step_s + 0.05 * record.step_s if self._mean_step_s else record.step_s
         print(format_step(record, num_steps, self._mean_step_s * (num_steps - record.step)), flush=True)
@@ -114,14 +124,34 @@ class RunLog:
         self._file.close()
         self._board.close()
 
+    def _draw_experts(self, step: int, experts: dict[str, Any]) -> None:
+        """One curve for each layer; of loads, histograms over the experts."""
+        self._board.add_scalar("experts/penalty", experts["penalty"], step)
+        for name in ("max_violation", "dead", "would_drop", "entropy", "z"):
+            for layer, value in enumerate(experts[name]):
+                self._board.add_scalar(f"experts/{name}/{layer:02}", value, step)
+        for layer, (lowest, highest) in enumerate(experts.get("bias_range", ())):
+            self._board.add_scalar(f"experts/bias_lowest/{layer:02}", lowest, step)
+            self._board.add_scalar(f"experts/bias_highest/{layer:02}", highest, step)
+        for layer, shares in enumerate(experts.get("load", ())):
+            self._board.add_histogram(f"experts/load/{layer:02}", np.asarray(shares), step)
+
     def _write(self, record: dict[str, Any]) -> None:
-        # JSON has no NaN: a skipped step's non-finite loss is null, and every reader can parse the line.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        finite = _finite(record)
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         for key, tag in _TENSORBOARD_TAGS.items():
             if finite.get(key) is not None:
                 self._board.add_scalar(tag, finite[key], record["step"])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a skipped step's non-finite loss is null, and every reader can parse the line."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def named(samples: range) -> str:

@@ -44,6 +44,8 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping
         tensors[f"model.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
             tensors[f"optim.{name}.{key}"] = value
+    for name, buffer in model.named_buffers():  # of a mixture's routers: equal on all ranks
+        tensors[f"model.{name}"] = buffer
     return tensors
 
 

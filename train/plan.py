@@ -12,7 +12,7 @@ from data_prep.config_file import ConfigError, to_toml
 from data_prep.manifest import Manifest
 from kernels.linear_cross_entropy import default_chunk_rows
 from model.config import ModelConfig
-from model.flops import flops_per_token, num_params
+from model.flops import flops_per_token, num_active_params, num_params
 from resume import checkpoint
 from train.config import RunConfig
 from train.sharding import compute_dtype, reshards_after_forward
@@ -44,22 +44,56 @@ def activation_bytes_per_token(
 ) -> int:
     """Bytes that the forward keeps for the backward, per token of the micro-batch, logits apart.
 
-    Of each block: the inputs and outputs of both norms, q, k and v after RoPE, attention's output and log-sum-exp, the
-    packed gate|up and the SwiGLU product; without our fused kernels also what lies inside the norms, q, k and v before
-    RoPE, and silu(gate). What is cheap to compute again leaves the matrix products and attention; "blocks" leaves the
-    input of each block. Either way the whole of the block being run again is there beside.
+    Of each block: the inputs and outputs of both norms, attention (see `_attention_elements`), the packed gate|up and
+    the SwiGLU product; of experts the packed gate|up of each pick; without our fused kernels also what lies inside the
+    norms, and silu(gate). What is cheap to compute again leaves the matrix products and attention; "blocks" leaves the
+    input of each block, and of experts what the router reads. Either way the whole of the largest block being run again
+    is there beside.
     """
-    d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
+    d = model.hidden_size
     norm = 2 * d if fused else 3 * d
-    elements = 2 * norm + (q + 2 * kv) + q + 3 * f
-    if not fused:
-        elements += (q + kv) + f
-    if model.qk_norm:
-        elements += q + kv
-    block = elements * compute_bytes + 4 * model.num_heads
-    products = (2 * d + (q + 2 * kv) + q + 2 * f) * compute_bytes + 4 * model.num_heads
-    kept = {"nothing": block, "cheap": products, "blocks": d * compute_bytes}[recompute]
-    return model.num_layers * kept + (block if recompute != "nothing" else 0) + norm * compute_bytes
+    attention, attention_products = _attention_elements(model, fused)
+    log_sum_exp_bytes = 4 * model.num_heads
+    kept_bytes, largest_block_bytes = 0, 0
+    for layer in range(model.num_layers):
+        ffn, ffn_products, ffn_input = _ffn_elements(model, layer, fused)
+        block = (2 * norm + attention + ffn) * compute_bytes + log_sum_exp_bytes
+        products = (2 * d + attention_products + ffn_products) * compute_bytes + log_sum_exp_bytes
+        kept_bytes += {"nothing": block, "cheap": products, "blocks": (d + ffn_input) * compute_bytes}[recompute]
+        largest_block_bytes = max(largest_block_bytes, block)
+    return kept_bytes + (largest_block_bytes if recompute != "nothing" else 0) + norm * compute_bytes
+
+
+def _attention_elements(model: ModelConfig, fused: bool) -> tuple[int, int]:
+    """Elements a token that attention keeps: all, and those of matrix products.
+
+    q, k and v after RoPE and attention's output; without fused kernels q and k before RoPE as well; of latent attention
+    the vectors that queries, keys and values are made of, before and after their norms.
+    """
+    if model.is_latent:
+        latent = model.latent
+        small = latent.kv_rank + latent.query_rank
+        heads = model.num_heads * (2 * (model.head_size + latent.rope_size) + 2 * latent.value_size)
+        return heads + 2 * small + 2 * latent.rope_size, heads + small
+    q, kv = model.query_size, model.kv_size
+    products = q + 2 * kv + q
+    inside = (0 if fused else q + kv) + (q + kv if model.qk_norm != "none" else 0)
+    return products + inside, products
+
+
+def _ffn_elements(model: ModelConfig, layer: int, fused: bool) -> tuple[int, int, int]:
+    """Elements a token that a feed-forward network keeps: all, those of matrix products, and what "blocks" keeps."""
+    d, moe = model.hidden_size, model.moe
+    if not model.has_experts(layer):
+        stages = 2 if model.ffn == "senet" else 1
+        width = model.ffn_size + (stages - 1) * d
+        return (3 if fused else 4) * width, 2 * width, 0
+    shared = moe.shared_size
+    passes = moe.num_picked if moe.kind == "picked" else -(-moe.num_experts * moe.num_slots // moe.chunk_size)
+    # In torch's operators also the permuted inputs and outputs, silu(gate), and the product.
+    routed = passes * (2 * moe.expert_size + (0 if fused else 2 * moe.expert_size + 2 * d)) + 4 * moe.num_experts
+    dense = (3 if fused else 4) * shared
+    return moe.chain_length * (routed + dense), moe.chain_length * (routed + 2 * shared), moe.chain_length * d
 
 
 def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Memory:
@@ -131,7 +165,7 @@ def describe(config: RunConfig, manifest: Manifest | None, device_type: str, wor
     num_kept = min(num_checkpoints, config.run.keep_checkpoints + for_ever)
     rows = [
         ("devices", f"{world_size}, {config.num_micro_batches(world_size)} micro-batches per step each, {dtype}"),
-        ("parameters", f"{num_params(config.model):,}"),
+        ("parameters", f"{num_params(config.model):,}" + _active(config.model)),
         ("model FLOPs", f"{flops:.4g} per token, {flops * tokens:.3g} in all"),
         ("tokens", f"{config.batch_tokens:,} per step, {tokens:,} in all"),
         ("data", _describe_data(config, manifest)),
@@ -227,6 +261,10 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
             f"{folder} has {_gib(free)} free, the {num_to_come} checkpoints to come need {_gib(wanted)}; free some, "
             "lower --run.keep-checkpoints, or set another --run.dir"
         )
+
+
+def _active(model: ModelConfig) -> str:
+    return f", {num_active_params(model):,} active" if model.expert_layers else ""
 
 
 def _num_checkpoints(config: RunConfig) -> int:

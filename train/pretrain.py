@@ -5,7 +5,8 @@
     python train/pretrain.py --dry-run                                    what would be computed, held and written
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host:29400 train/pretrain.py
 
-In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b" or "smoke" sets the keys of the model that it does not.
+In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b", "smoke", or, with experts, "moe-1b-active", "moe-smoke",
+"deepseek-smoke", sets the keys of the model that it does not.
 
 A run continues from the newest good checkpoint in run.dir. SIGTERM, SIGINT, SIGHUP or SIGUSR1, to a process or to
 torchrun (SIGUSR1 with torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1), stops it at the next step

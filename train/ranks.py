@@ -88,9 +88,10 @@ class Ranks:
         return self.gather(self.together(lambda: action() if self.is_first else None))[0]  # pyright: ignore[reportReturnType]
 
     def sum_all(self, values: Sequence[torch.Tensor | float]) -> list[float]:
-        """The sums over all ranks of several scalars, in fp64, by one collective and one wait for the device."""
-        parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device).reshape(()) for value in values]
-        total = torch.stack(parts)
+        """The sums over all ranks of scalars, and of tensors' elements, in fp64 (exact for counts up to 2**53), by one
+        collective and one wait for the device."""
+        parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device).reshape(-1) for value in values]
+        total = torch.cat(parts)
         dist.all_reduce(total)
         return total.tolist()
 

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from data_prep.config_file import ConfigError
 from model.config import ModelConfig
 from model.flops import num_params
+from model.moe import MoE
 from model.transformer import Block, Transformer
 from resume.regions import copy_whole
 from train.config import ParallelSection
@@ -27,7 +29,7 @@ def compute_dtype(config: ParallelSection, device: torch.device) -> torch.dtype:
 
 
 def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, value: WholeValue) -> Transformer:
-    """Builds the model of a run, with every parameter set to its part of `value(name, shape)`.
+    """Builds the model of a run, with every parameter and buffer set to its part of `value(name, shape)`.
 
     Parameters are fp32 (fp64 for fp64 runs); under bf16, FSDP computes on a bf16 copy. A single fp32 or fp64 device
     needs neither gathering nor casting and gets the plain module, but for exact runs, whose gradients FSDP sums.
@@ -41,6 +43,9 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
     # Memory that is reserved but never touched costs nothing: no rank ever holds the whole model, only its part of it.
     model.to_empty(device="cpu")
     model.tie()
+    # All blocks share the code that is compiled: each kind of layer (its window, dense or with experts, the first one)
+    # is a graph in training and one in validation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(model):
         block.recompute = parallel.recompute
         if parallel.compile == "on" or (parallel.compile == "auto" and ranks.device.type == "cuda"):
@@ -49,8 +54,8 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
         _shard(model, parallel, ranks, dtype, reshards_after_forward(config, parallel, dtype, _memory_bytes(ranks)))
     else:
         model.to(ranks.device)
-    for name, parameter in model.named_parameters():
-        copy_whole(parameter, value(name, parameter.shape))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        copy_whole(tensor, value(name, tensor.shape))
     return model
 
 
@@ -102,15 +107,46 @@ def _use_float8(model: Transformer, device: torch.device) -> None:
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; leave the key out"
         )
     for name, module in model.blocks.named_modules():
-        if isinstance(module, nn.Linear) and any(side % 16 for side in module.weight.shape):
+        if not isinstance(module, nn.Linear) or _is_gate(name):
+            continue
+        if any(side % 16 for side in module.weight.shape):
             raise ConfigError(
                 f"parallel.float8: blocks.{name} is {tuple(module.weight.shape)}; float8 products want multiples of 16"
             )
     convert_to_float8_training(
         model,
         config=Float8LinearConfig(emulate=device.type == "cpu"),
-        module_filter_fn=lambda module, name: name.startswith("blocks."),
+        module_filter_fn=lambda module, name: name.startswith("blocks.") and not _is_gate(name),
     )
+
+
+def _is_gate(name: str) -> bool:
+    """Whether a linear layer makes one number a token, which costs nothing."""
+    return name.endswith("shared_gate")
+
+
+def _shard_routers(moe: MoE, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
+    """Makes each router a unit of its own, so that its weights stay in fp32 where all others are gathered in bf16.
+
+    They are small: once gathered they stay until the backward.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    for router in moe.routers:
+        fully_shard(router, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def _expert_placement(num_shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Stacked experts are cut between experts, or inside of them where there are more ranks than experts.
+
+    FSDP cuts along another dimension than the first only into equal parts.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        is_stack = parameter.ndim == 3
+        inside = is_stack and num_shards > parameter.shape[0] and parameter.shape[1] % num_shards == 0
+        return Shard(1) if inside else None
+
+    return placement
 
 
 def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype, reshards: bool) -> None:
@@ -123,8 +159,10 @@ def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: t
     # Inputs are not cast: activations already have the compute dtype, and the RoPE tables stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshards}
-    for block in model.blocks:
-        fully_shard(block, **options)
+    for block in blocks_of(model):
+        if isinstance(block.moe, MoE):
+            _shard_routers(block.moe, mesh, reduce_dtype)
+        fully_shard(block, shard_placement_fn=_expert_placement(ranks.world_size // parallel.replicas), **options)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -42,7 +42,7 @@ def model_config(tokenizer: Tokenizer, **changes) -> ModelConfig:
 def save_step(run: Path, step: int, config: ModelConfig, record: dict | None = None) -> torch.nn.Module:
     """Publishes a checkpoint of a random model, drawn from the step, and returns the model."""
     model = make_model(config, seed=step)
-    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": value for name, value in (*model.named_parameters(), *model.named_buffers())}
     tensors |= {f"optim.{name}.m": torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     save(
         run, step, tensors, record or {}, to_toml(RunConfig(data=DataSection(sequence_length=32), model=config)), keep=5

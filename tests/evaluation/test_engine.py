@@ -9,7 +9,7 @@ from evaluation import engine
 from evaluation.engine import GenerationError, Sampling, choose, complete, generate
 from model.convert import write_hugging_face
 from model.transformer import Transformer
-from tests.models import LLAMA, VARIANTS, make_model, random_tokens
+from tests.models import LLAMA, MOE_VARIANTS, VARIANTS, make_model, random_tokens
 
 GREEDY = Sampling()
 WARM = Sampling(temperature=1.0)
@@ -27,9 +27,12 @@ def greedy_by_full_forwards(model: Transformer, prompt: list[int], num_tokens: i
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+ALL = {**VARIANTS, **MOE_VARIANTS}
+
+
+@pytest.mark.parametrize("variant", ALL)
 def test_greedy_takes_the_likeliest_token_of_the_full_forward(variant):
-    model = make_model(VARIANTS[variant], dtype=torch.float64)
+    model = make_model(ALL[variant], dtype=torch.float64)
     found = complete(model, prompt_of(5), max_new_tokens=20, sampling=GREEDY)
     assert found == [greedy_by_full_forwards(model, prompt_of(5), 20)]
 
@@ -67,12 +70,26 @@ def test_samples_differ_but_equal_seeds_repeat_them():
     assert complete(model, prompt_of(3), max_new_tokens=12, sampling=other, num_samples=3) != samples
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are():
-    model = make_model(LLAMA, dtype=torch.float64)
-    many = complete(model, prompt_of(4), max_new_tokens=10, sampling=WARM, num_samples=5)
-    few = complete(model, prompt_of(4), max_new_tokens=10, sampling=WARM, num_samples=2)
+@pytest.mark.parametrize("prompt_length", [4, 11])
+@pytest.mark.parametrize("variant", ["llama", "alternating windows", "latent windowed", "chunk soft"])
+def test_a_sample_does_not_depend_on_how_many_there_are(variant, prompt_length):
+    model, prompt = make_model(ALL[variant], dtype=torch.float64), prompt_of(prompt_length)
+    many = complete(model, prompt, max_new_tokens=10, sampling=WARM, num_samples=5)
+    few = complete(model, prompt, max_new_tokens=10, sampling=WARM, num_samples=2)
     assert few == many[:2]
-    assert complete(model, prompt_of(4), max_new_tokens=10, sampling=WARM) == many[:1]
+    assert complete(model, prompt, max_new_tokens=10, sampling=WARM) == many[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_tokens_are_chosen_by_capped_logits(dtype, monkeypatch):
+    model = make_model(dataclasses.replace(LLAMA, logit_softcap=1.5), dtype=dtype)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(engine, "choose", lambda logits, *_: seen.append(logits) or [0])
+    complete(model, prompt_of(5), max_new_tokens=1, sampling=GREEDY)
+    expected = model(torch.tensor([prompt_of(5)]))[:, -1]
+    assert seen[0].dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(seen[0].to(dtype), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_prompt_is_read_once_for_all_samples():

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.tokenizing.tokenizer import load_tokenizer
 from evaluation import export
 from evaluation.model_folder import load_model
+from model.moe_config import MoEConfig
 from tests.evaluation.stored import TEXTS, byte_level_tokenizer, make_run, sentencepiece_file
 from tests.models import random_tokens
 
@@ -24,7 +25,14 @@ def run(tmp_path, tokenizer):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
+EXPERTS = MoEConfig(num_experts=4, expert_size=24)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": "head"}, {"qk_norm": "head", "moe": EXPERTS}],
+    ids=str,
+)
 @torch.no_grad()
 def test_an_exported_model_is_the_same_function_here_and_in_transformers(changes, tokenizer, tmp_path, capsys):
     model = make_run(tmp_path / "run", tokenizer, **changes)
@@ -127,6 +135,15 @@ def test_what_is_already_there_is_not_overwritten(kind, run, tmp_path, capsys):
     assert error.startswith("error: ")
     assert "delete it or export to another name" in error
     assert precious.read_text() == "data"
+
+
+def test_a_model_that_transformers_does_not_have_is_one_line_on_stderr(tokenizer, tmp_path, capsys):
+    make_run(tmp_path / "run", tokenizer, norms="deepnorm")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.norms = 'deepnorm' (LlamaForCausalLM: 'pre')")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch, capsys):

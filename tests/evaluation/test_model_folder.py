@@ -31,7 +31,7 @@ def same_logits(first: torch.nn.Module, second: torch.nn.Module) -> bool:
         return torch.equal(first(tokens), second(tokens))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": "head"}], ids=str)
 def test_a_run_folder_gives_its_newest_checkpoint(changes, tokenizer, tmp_path):
     newest = make_run(tmp_path / "run", tokenizer, **changes)
     (tmp_path / "run" / "step-999.tmp").mkdir()

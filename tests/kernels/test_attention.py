@@ -27,19 +27,33 @@ def random_heads(
     return q, k, v
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """One query, one head, one row at a time."""
-    out = torch.zeros_like(q)
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     num_queries, num_keys = q.shape[1], k.shape[1]
     heads_per_group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         for t in range(num_queries):
             last = num_keys - num_queries + t
-            seen = [s for s in range(last + 1) if document_ids is None or document_ids[b, s] == document_ids[b, t]]
+            first = 0 if window is None else max(0, last - window + 1)
+            seen = [
+                s for s in range(first, last + 1) if document_ids is None or document_ids[b, s] == document_ids[b, t]
+            ]
             for h in range(q.shape[2]):
                 keys, values = k[b, seen, h // heads_per_group], v[b, seen, h // heads_per_group]
-                weights = torch.softmax(keys @ q[b, t, h] / math.sqrt(q.shape[-1]), dim=0)
-                out[b, t, h] = weights @ values
+                scores = keys @ q[b, t, h] * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                out[b, t, h] = torch.softmax(scores, dim=0) @ values
     return out
 
 
@@ -58,6 +72,38 @@ def test_output_is_a_softmax_over_the_tokens_before(
     num_heads = num_kv_heads * heads_per_group
     q, k, v = random_heads(batch_size, num_queries, num_queries + num_cached, num_heads, num_kv_heads, head_size, seed)
     torch.testing.assert_close(attention(q, k, v), naive(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    num_queries=st.integers(1, 7),
+    num_cached=st.integers(0, 5),
+    heads_per_group=st.integers(1, 2),
+    value_size=st.sampled_from([1, 4, 6, 9]),
+    window=st.none() | st.integers(1, 14),
+    scale=st.none() | st.sampled_from([0.1, 2.0]),
+    soft_cap=st.none() | st.sampled_from([0.5, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_windows_scales_soft_caps_and_widths_of_values_are_obeyed(
+    num_queries, num_cached, heads_per_group, value_size, window, scale, soft_cap, seed
+):
+    q, k, v = random_heads(2, num_queries, num_queries + num_cached, 2 * heads_per_group, 2, 6, seed)
+    v = random_heads(2, num_queries, num_queries + num_cached, 2, 2, value_size, seed + 1)[2]
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+    torch.testing.assert_close(attention(q, k, v, **options), naive(q, k, v, **options), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    window=st.integers(1, 12),
+    soft_cap=st.none() | st.just(0.5),
+)
+def test_windows_end_where_documents_start(tokens, window, soft_cap):
+    boundaries = document_boundaries(torch.tensor([tokens]), EOS)
+    q, k, v = random_heads(1, len(tokens), len(tokens), 2, 1, 4)
+    options = {"window": window, "soft_cap": soft_cap}
+    found, expected = attention(q, k, v, boundaries, **options), naive(q, k, v, boundaries.ids_BT, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12), batch_size=st.integers(1, 2))
@@ -103,14 +149,19 @@ def test_gradients_are_right():
     q, k, v = (part.requires_grad_() for part in random_heads(1, 4, 4, 2, 1, 4))
     boundaries = document_boundaries(torch.tensor([[3, EOS, 4, 5]]), EOS)
     assert torch.autograd.gradcheck(lambda *parts: attention(*parts, boundaries), (q, k, v))
+    options = {"window": 2, "scale": 0.3, "soft_cap": 0.5}
+    assert torch.autograd.gradcheck(lambda *parts: attention(*parts, **options), (q, k, v))
 
 
+@pytest.mark.parametrize("soft_cap", [None, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_low_precision_stays_near_fp64(dtype):
+def test_low_precision_stays_near_fp64(dtype, soft_cap):
     q, k, v = random_heads(2, 50, 50, 4, 2, 16)
     lowered = [part.to(dtype) for part in (q, k, v)]
-    truth = attention(*(part.double() for part in lowered))
-    error = (attention(*lowered).double() - truth).abs().max()
+    truth = attention(*(part.double() for part in lowered), soft_cap=soft_cap)
+    found = attention(*lowered, soft_cap=soft_cap)
+    assert found.dtype == dtype
+    error = (found.double() - truth).abs().max()
     assert error <= 4 * torch.finfo(dtype).eps * truth.abs().max()
 
 
@@ -129,6 +180,13 @@ def test_keys_and_values_of_different_shapes_are_refused():
     q, k, v = random_heads(1, 3, 3, 2, 2, 4)
     with pytest.raises(ValueError, match="expected k and v of one shape"):
         attention(q, k, v[:, :2])
+
+
+@pytest.mark.parametrize("option", ["window", "soft_cap"])
+def test_limits_that_are_not_positive_are_refused(option):
+    q, k, v = random_heads(1, 3, 3, 2, 2, 4)
+    with pytest.raises(ValueError, match=f"{option} = 0; expected a positive number"):
+        attention(q, k, v, **{option: 0})
 
 
 def test_boundaries_together_with_a_cache_are_refused():
@@ -191,21 +249,52 @@ def test_documents_laid_end_to_end_are_one_graph_however_many_there_are(monkeypa
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_documents", [True, False], ids=["documents", "whole rows"])
+def test_a_flash_kernel_gets_window_scale_and_padded_values(window, with_documents, monkeypatch):
+    def varlen(q, k, v, lengths_q, _lengths_k, longest_q, _longest_k, *, scale, window_size, **_):
+        assert v.shape[-1] == k.shape[-1]  # all that the kernel can read
+        assert lengths_q.dtype == torch.int32
+        assert longest_q == 8
+        ends = lengths_q.tolist()
+        alone = [
+            naive(*(part[None, i:j] for part in (q, k, v)), window=window and window_size[0] + 1, scale=scale)[0]
+            for i, j in itertools.pairwise(ends)
+        ]
+        assert window_size == ((-1, 0) if window is None else (window - 1, 0))
+        return torch.cat(alone)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen)
+    q, k, _ = random_heads(2, 8, 8, 4, 2, 6)
+    v = random_heads(2, 8, 8, 2, 2, 4, seed=1)[2]
+    boundaries = document_boundaries(torch.tensor([[1, EOS, 1, 1, 1, 1, EOS, 1], [1] * 8]), EOS)
+    given_boundaries = boundaries if with_documents else None
+    found = module._by_document(q, k, v, given_boundaries, window=window, scale=0.7)
+    expected = naive(q, k, v, boundaries.ids_BT if with_documents else None, window=window, scale=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("choice", ["auto", "cudnn", "flash", "efficient", "math"])
 @pytest.mark.parametrize("case", ["whole rows", "documents", "cache"])
-def test_every_implementation_equals_the_reference(choice, case, monkeypatch):
+@pytest.mark.parametrize(
+    ("value_size", "options"),
+    [(64, {}), (64, {"window": 9, "scale": 0.2}), (32, {}), (32, {"window": 9}), (64, {"soft_cap": 2.0})],
+    ids=str,
+)
+def test_every_implementation_equals_the_reference(choice, case, value_size, options, monkeypatch):
     monkeypatch.setitem(launch._chosen, "attention", choice)
     num_queries = 5 if case == "cache" else 64
-    q, k, v = (part.to("cuda").requires_grad_() for part in random_heads(2, num_queries, 64, 4, 2, 64))
+    q, k, v = random_heads(2, num_queries, 64, 4, 2, 64)
+    q, k, v = (part.to("cuda").requires_grad_() for part in (q, k, v[..., :value_size].contiguous()))
     boundaries: DocumentBoundaries | None = None
     if case == "documents":
         tokens = torch.randint(0, 8, (2, 64), generator=torch.Generator().manual_seed(0))
         boundaries = document_boundaries(tokens, EOS).to(torch.device("cuda"))
     halves = tuple(part.detach().bfloat16().requires_grad_() for part in (q, k, v))
-    expected = attention_reference(q, k, v, boundaries)
+    expected = attention_reference(q, k, v, boundaries, **options)
     with attention_by(choice, torch.device("cuda")):
-        found = attention(*halves, boundaries)
+        found = attention(*halves, boundaries, **options)
     torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
     direction = torch.randn_like(found)
     for one_found, one_expected in zip(

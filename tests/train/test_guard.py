@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from evaluation.report import read_metrics
+from model.balance import RoutingLog
 from model.batch import Batch
 from resume import checkpoint, requests
 from tests.lives import Life, finished, lived
@@ -487,9 +488,9 @@ def test_losses_that_never_recover_end_the_run_and_not_the_disk(data: Path, tmp_
     def poison(rank: int) -> None:
         from train import assemble
 
-        def objective(model: nn.Module, batch: Batch, **options: float) -> Tensor:
+        def objective(model: nn.Module, batch: Batch, routing: RoutingLog | None, **options: float) -> Tensor:
             steps = collections.Counter(path.name for path in run.glob("step-3"))
-            return next_token_loss(model, batch, **options) * (torch.nan if steps else 1.0)
+            return next_token_loss(model, batch, routing, **options) * (torch.nan if steps else 1.0)
 
         assemble.next_token_loss = objective
 

@@ -40,7 +40,7 @@ def trained(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
 @pytest.mark.usefixtures("_interpreted")
 @pytest.mark.parametrize(
     "model",
-    [pytest.param({}, marks=pytest.mark.slow), {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True}],
+    [pytest.param({}, marks=pytest.mark.slow), {"qk_norm": "head", "qkv_bias": True, "tie_embeddings": True}],
     ids=str,
 )
 def test_a_run_with_kernels_is_the_run_without_them_to_fp32_rounding(data: Path, tmp_path: Path, model: dict):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.report import read_metrics, write_report
+from model.balance import RoutingLog
 from model.batch import Batch
 from resume import checkpoint, requests, state
 from resume.manifest import DataError
@@ -34,7 +35,7 @@ def poisoned(steps: set[int], num_micro_batches: int):
     """next_token_loss, but the second micro-batch of the given steps (from 0) is NaN."""
     calls = iter(range(10**9))
 
-    def objective(model: nn.Module, batch: Batch) -> Tensor:
+    def objective(model: nn.Module, batch: Batch, _: RoutingLog | None) -> Tensor:
         step, micro_batch = divmod(next(calls), num_micro_batches)
         loss = next_token_loss(model, batch)
         return loss * torch.nan if step in steps and micro_batch == 1 else loss

@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def saved_bytes(model: Transformer, batch: int, length: int) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_estimate_of_activations_is_what_autograd_keeps(qk_norm: bool):
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+def test_the_estimate_of_activations_is_what_autograd_keeps(qk_norm: Literal["none", "head"]):
     config = ModelConfig(
         vocab_size=500, hidden_size=128, num_layers=4, num_heads=8, num_kv_heads=2, head_size=16, ffn_size=352,
         qk_norm=qk_norm,
