@@ -23,6 +23,7 @@ from model.config import TRAINING_KEYS, ModelConfig
 from model.convert import read_hugging_face
 from model.init import initial_value
 from model.transformer import Transformer
+from model.upcycle import upcycle
 from resume import checkpoint, rng, state
 from resume import ledger as ledgers
 from resume.checkpoint import Checkpoint
@@ -179,6 +180,9 @@ def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
     if config.run.init_from is None:
         return lambda name, shape: initial_value(config.model, name, shape, config.run.seed)
     imported, tensors = read_hugging_face(Path(config.run.init_from))
+    if config.model.expert_layers and not imported.expert_layers:
+        noise = config.run.init_noise
+        imported, tensors = upcycle(imported, tensors, config.model.moe, seed=config.run.seed, sigma=noise)
     shape_keys = [key for key in keys(ModelConfig) if key not in TRAINING_KEYS]
     differing = [key for key in shape_keys if value_of(imported, key) != value_of(config.model, key)]
     if differing:

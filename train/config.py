@@ -23,6 +23,7 @@ CHANGEABLE_ON_RESUME = (
     "run.max_failed_saves",
     "run.validate_every",
     "run.init_from",
+    "run.init_noise",
     "run.allow_changes",
     "run.hang_timeout_s",
     "data.paths",
@@ -93,7 +94,11 @@ class RunSection:
     """Seconds without progress after which the run ends and names the rank; six times as many for a save, ten times as
     many for all that comes before a life's second step."""
     init_from: str | None = None
-    """Hugging Face folder whose weights a new run starts from instead of random ones."""
+    """Hugging Face folder whose weights a new run starts from instead of random ones; where it holds a dense model and
+    [model] has experts, they start as copies of its feed-forward networks (upcycling)."""
+    init_noise: float = 0.0
+    """Of upcycled experts, the deviation of the noise on each matrix, as a share of its own: without any, they part
+    only by what their tokens are."""
     allow_changes: tuple[str, ...] = ()
     """Keys (section.key) that may differ from the checkpoint's on resume besides those that always may."""
 
@@ -270,7 +275,14 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} = {value_of(self, name)}: must be finite (a very large number means no limit)"
                 )
-        for name in ("run.seed", "optim.warmup_steps", "optim.weight_decay", "optim.z_loss", "guard.max_rollbacks"):
+        for name in (
+            "run.seed",
+            "optim.warmup_steps",
+            "optim.weight_decay",
+            "optim.z_loss",
+            "guard.max_rollbacks",
+            "run.init_noise",
+        ):
             if value_of(self, name) < 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must not be negative")
         for name in ("optim.beta1", "optim.beta2", "optim.label_smoothing"):

@@ -74,6 +74,7 @@ def exit_code(error: BaseException) -> int:
     from data_prep.tokenizing.tokenizer import TokenizerError
     from kernels.launch import KernelError
     from model.convert import ConvertError
+    from model.upcycle import UpcycleError
     from resume.checkpoint import CheckpointError, SaveError
     from resume.manifest import DataError
     from train.lock import LockedError
@@ -82,7 +83,7 @@ def exit_code(error: BaseException) -> int:
     codes: dict[tuple[type[BaseException], ...], int] = {
         (DataError, ManifestError, ShardError, TokenizerError): BAD_DATA,
         (SaveError, LockedError, OSError): CANNOT_WRITE,
-        (ConfigError, KernelError, CheckpointError, ConvertError): BAD_CONFIG,
+        (ConfigError, KernelError, CheckpointError, ConvertError, UpcycleError): BAD_CONFIG,
         (NotFiniteError, RepeatedFailureError): NOT_FINITE,
         (LostRankError,): LOST_RANK,
     }

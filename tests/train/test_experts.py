@@ -12,14 +12,17 @@ from torch.distributed.tensor import DTensor
 from evaluation.report import read_metrics, write_report
 from model.balance import apply_counts, set_load
 from model.config import ModelConfig
+from model.convert import write_hugging_face
 from model.moe_config import MoEConfig
 from model.transformer import Transformer
+from model.upcycle import UpcycleError
 from resume import checkpoint
 from tests.prepared import write_data
 from tests.processes import run_ranks
 from tests.runs import TINY, opened, tiny_run
 from train import loop, pretrain
 from train.config import RunConfig, with_values
+from train.exits import BAD_CONFIG
 from train.experts import StepRouting
 
 MIXTURE = MoEConfig(num_experts=8, num_picked=2, expert_size=16, balance_weight=0.5, z_loss=0.1, bias_rate=0.05)
@@ -184,6 +187,35 @@ def test_the_logged_loss_is_without_the_penalty(data: Path, tmp_path: Path):
         assert pretrain.pretrain(mixture_run(data, tmp_path / name, moe, run={"num_steps": 1})) == 0
         losses.append(next(r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r))
     assert losses[0] == losses[1]
+
+
+def dense_folder(data: Path, folder: Path) -> tuple[Path, float]:
+    """A trained dense model as others keep it, and its loss on the held-out text."""
+    config = tiny_run(data, folder / "dense", run={"num_steps": 3})
+    assert pretrain.pretrain(config) == 0
+    losses = [r["validation_loss"] for r in read_metrics(folder / "dense") if "validation_loss" in r]
+    newest = checkpoint.newest_valid(folder / "dense", print)
+    assert newest is not None
+    write_hugging_face(folder / "exported", config.model, newest.read_tensors("model."), eos_id=None, dtype="fp32")
+    return folder / "exported", losses[-1]
+
+
+def test_a_dense_model_goes_on_as_a_mixture_from_the_loss_that_it_had(data: Path, tmp_path: Path):
+    folder, dense_loss = dense_folder(data, tmp_path)
+    moe = {"num_experts": 4, "expert_size": 40, "balance": "global"}
+    start = {"init_from": str(folder), "num_steps": 6}
+    assert pretrain.pretrain(mixture_run(data, tmp_path / "mixture", moe, run=start)) == 0
+    losses = [r["validation_loss"] for r in read_metrics(tmp_path / "mixture") if "validation_loss" in r]
+    assert losses[0] == pytest.approx(dense_loss, rel=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_a_mixture_that_cannot_start_as_the_dense_model_is_refused(data: Path, tmp_path: Path, capsys):
+    folder, _ = dense_folder(data, tmp_path)
+    config = mixture_run(data, tmp_path / "mixture", {"expert_size": 24}, run={"init_from": str(folder)})
+    with pytest.raises(UpcycleError, match=r"model\.moe\.expert_size"):
+        pretrain.pretrain(config)
+    assert pretrain.exit_code(UpcycleError("")) == BAD_CONFIG
 
 
 def test_a_dense_run_logs_nothing_of_experts(data: Path, tmp_path: Path):
