@@ -172,8 +172,10 @@ def test_every_product_of_any_shape_is_the_references(device, tokens, experts, p
 def test_the_activation_is_that_of_what_is_stored(device):
     case = random_case(SHAPES[0], torch.bfloat16, device)
     h, a = gather_up(case.x, case.gate_up, case.dispatch)
-    gate, up = h.float().chunk(2, dim=1)
-    assert_as_accurate(a, a, (gate * gate.sigmoid() * up).double().cpu().to(a.device))
+    gate, up = h.double().chunk(2, dim=1)
+    truth = gate * gate.sigmoid() * up
+    # Rounded once: half a unit in the last place, and what fp32 adds to it.
+    assert ((a.double() - truth).abs() <= 1.01 * 2**-8 * truth.abs()).all()
 
 
 @on_each_device
