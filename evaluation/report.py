@@ -44,7 +44,8 @@ def write_report(run: Path) -> Path:
     draw_loss(run / "loss.png", steps, validations)
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     if any("load" in record.get("experts", {}) for record in steps):
-        draw_loads(run / "experts.png", steps)
+        layers = from_table(config["model"], ModelConfig, "model").expert_layers
+        draw_loads(run / "experts.png", steps, layers)
     lines = _lines(run, config, steps, validations, num_skipped=len(logged) - len(steps))
     report = run / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -82,24 +83,23 @@ def draw_loss(path: Path, steps: Sequence[dict[str, Any]], validations: Sequence
     figure.savefig(path, dpi=120)
 
 
-def draw_loads(path: Path, steps: Sequence[dict[str, Any]]) -> None:
-    """Draws, of each layer with experts, every expert's load over the steps, in multiples of the mean load."""
+def draw_loads(path: Path, steps: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
+    """Draws, of these layers, which are those with experts, every expert's load over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     known = [(record["step"], record["experts"]["load"]) for record in steps if "load" in record.get("experts", {})]
-    num_layers, num_experts = len(known[0][1]), len(known[0][1][0])
-    columns = min(4, num_layers)
-    rows = -(-num_layers // columns)
+    num_experts = len(known[0][1][0])
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
     figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     image = None
-    for layer, axes in enumerate(grid.flat):
-        if layer >= num_layers:
-            axes.set_axis_off()
-            continue
-        loads = [[num_experts * load[layer][expert] for _, load in known] for expert in range(num_experts)]
+    for axes in grid.flat[len(layers) :]:
+        axes.set_axis_off()
+    for index, (layer, axes) in enumerate(zip(layers, grid.flat, strict=False)):
+        loads = [[num_experts * load[index][expert] for _, load in known] for expert in range(num_experts)]
         extent = (known[0][0], known[-1][0] + 1, num_experts - 0.5, -0.5)
         image = axes.imshow(loads, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest")
         axes.set_title(f"layer {layer}", fontsize=9)
@@ -110,7 +110,7 @@ def draw_loads(path: Path, steps: Sequence[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _expert_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
+def _expert_lines(steps: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[str]:
     """The experts of a mixture at the last step, by layer with experts."""
     experts = steps[-1].get("experts")
     if experts is None:
@@ -118,7 +118,7 @@ def _expert_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
     columns = [experts[name] for name in ("max_violation", "dead", "would_drop", "entropy")]
     rows = [
         f"| {layer} | {violation:.3f} | {dead} | {drop:.2%} | {entropy:.3f} |"
-        for layer, (violation, dead, drop, entropy) in enumerate(zip(*columns, strict=True))
+        for layer, violation, dead, drop, entropy in zip(layers, *columns, strict=True)
     ]
     return [
         "## Experts",
@@ -183,7 +183,7 @@ def _lines(
         "| ---: | ---: | ---: | ---: |",
         *held_out,
         "",
-        *_expert_lines(steps),
+        *_expert_lines(steps, model.expert_layers),
         "The config is in config.toml, every step in metrics.jsonl, curves in tensorboard/.",
     ]
 

@@ -210,7 +210,8 @@ PRESETS: dict[str, ModelConfig] = {
         context_length=256,
         tie_embeddings=True,
     ),
-    # The smoke model's layers with eight experts, two of which are as wide as its dense network.
+    # The smoke model with half of its dense network in each layer, and eight experts, two of which are as wide as the
+    # other half. The scale makes up for weights that add up to one.
     "moe-smoke": ModelConfig(
         vocab_size=4_096,
         hidden_size=192,
@@ -221,7 +222,15 @@ PRESETS: dict[str, ModelConfig] = {
         ffn_size=512,
         context_length=256,
         tie_embeddings=True,
-        moe=MoEConfig(num_experts=8, num_picked=2, expert_size=256, balance="global", z_loss=1e-3),
+        moe=MoEConfig(
+            num_experts=8,
+            num_picked=2,
+            expert_size=128,
+            shared_size=256,
+            route_scale=2.0,
+            balance="sequence",
+            z_loss=1e-3,
+        ),
     ),
     # OLMoE-1B-7B (Muennighoff et al., 2024): 6.9 B parameters, 1.3 B active.
     "moe-1b-active": ModelConfig(
@@ -236,7 +245,7 @@ PRESETS: dict[str, ModelConfig] = {
         qk_norm="full",
         init="gpt2",
         moe=MoEConfig(
-            num_experts=64, num_picked=8, expert_size=1_024, renormalise=False, balance="global", z_loss=1e-3
+            num_experts=64, num_picked=8, expert_size=1_024, renormalise=False, balance="sequence", z_loss=1e-3
         ),
     ),
     # DeepSeek-V3's parts (2024) at the smoke model's size: latent attention, a dense layer, a shared expert, sigmoid
