@@ -28,7 +28,7 @@ plan: $(INSTALLED) ## What a run would compute, hold and write, without starting
 	WORLD_SIZE=$(GPUS) $(RUN) train/pretrain.py $(CONFIG) --dry-run $(ARGS)
 
 test: $(INSTALLED_DEV) ## Run the test suite
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED_DEV) ## Run the long tests as well
 	$(RUN) -m pytest

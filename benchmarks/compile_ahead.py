@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -23,9 +25,12 @@ from triton import compiler
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.table import Table
-from kernels import cross_entropy, rms_norm, rope, swiglu
+from kernels import cross_entropy, moe, moe_combine, moe_gemm, moe_route, rms_norm, rope, swiglu
+from kernels.moe_route import moe_route_reference, tile_height
 
 CAPABILITIES = (80, 90)
+MOST_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Shared memory that one program can have at most, by capability."""
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -48,16 +53,25 @@ def main() -> int:
             str(capability),
             *resources(kernel, arguments, capability),
         )
-        for shapes, recorded in launches(torch.bfloat16)
-        for kernel, arguments in recorded
         for capability in CAPABILITIES
+        for shapes, recorded in launches(torch.bfloat16, capability)
+        for kernel, arguments in recorded
     ]
     Table(f"kernels compiled by triton {triton.__version__}, bf16", columns, rows).print()
     return 0
 
 
-def launches(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
-    """What is launched by each operator, forward and backward, at the sizes of TinyLlama and at odd ones."""
+def launches(dtype: torch.dtype, capability: int) -> Iterator[tuple[str, list[Launch]]]:
+    """What is launched by each operator, forward and backward, on a GPU of this capability.
+
+    At the sizes of TinyLlama, OLMoE and Qwen3's mixtures, and at odd ones.
+    """
+    yield from _launches_of_rows(dtype)
+    with _as_on(capability):
+        yield from _launches_of_mixtures(dtype)
+
+
+def _launches_of_rows(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -68,26 +82,56 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
         x, w, rstd = random(64, width), torch.ones(width, dtype=dtype), torch.ones(64)
         for other in (None, x):
             name = f"width {width}" + (", with the residual" if other is not None else "")
-            yield name, _recorded(rms_norm, ops.rms_norm, x, other, w, 1e-5)
-            yield name, _recorded(rms_norm, ops.rms_norm_backward, x, other, x, w, rstd)
+            yield name, _recorded((rms_norm,), ops.rms_norm, x, other, w, 1e-5)
+            yield name, _recorded((rms_norm,), ops.rms_norm_backward, x, other, x, w, rstd)
     for heads, kv_heads, size in ((32, 4, 64), (5, 1, 56)):
         tables = torch.ones(16, size // 2), torch.ones(16, size // 2)
         qkv = random(2, 16, (heads + 2 * kv_heads) * size)
         parts = [random(2, 16, n, size) for n in (heads, kv_heads, kv_heads)]
         for interleaved in (False, True):
             name = f"{heads}/{kv_heads} heads of {size}" + (", interleaved" if interleaved else "")
-            yield name, _recorded(rope, ops.rope_packed, qkv, *tables, heads, kv_heads, interleaved)
-            yield name, _recorded(rope, ops.rope_packed_backward, *parts, *tables, interleaved)
+            yield name, _recorded((rope,), ops.rope_packed, qkv, *tables, heads, kv_heads, interleaved)
+            yield name, _recorded((rope,), ops.rope_packed_backward, *parts, *tables, interleaved)
     for width in (5_632, 2_057):
         x, dy = random(16, 2 * width), random(16, width)
-        yield f"width {width}", _recorded(swiglu, ops.swiglu, x)
-        yield f"width {width}", _recorded(swiglu, ops.swiglu_backward, dy, x)
+        yield f"width {width}", _recorded((swiglu,), ops.swiglu, x)
+        yield f"width {width}", _recorded((swiglu,), ops.swiglu_backward, dy, x)
     for vocab_size in (8_000, 32_000, 128_256):
         scores, targets = random(4, vocab_size), torch.tensor([1, 2, cross_entropy.IGNORE, 3])
         rows = torch.ones(4)
         for name, options in ((f"vocabulary {vocab_size}", (0.0, None, 0.0)), ("all options", (1e-4, 30.0, 0.1))):
-            yield name, _recorded(cross_entropy, ops.cross_entropy_gradient_, scores, targets, *options)
-            yield name, _recorded(cross_entropy, ops.cross_entropy_backward_, rows, scores, targets, rows, *options)
+            yield name, _recorded((cross_entropy,), ops.cross_entropy_gradient_, scores, targets, *options)
+            yield name, _recorded((cross_entropy,), ops.cross_entropy_backward_, rows, scores, targets, rows, *options)
+
+
+def _launches_of_mixtures(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
+    ops: Any = torch.ops.bessemer
+    for num_experts in (8, 64, 128, 256):
+        picks = torch.arange(1_024).remainder(num_experts).view(128, 8)
+        yield f"{num_experts} experts", _recorded((moe_route,), ops.moe_route, picks, num_experts)
+    # How tall tiles are follows from the rows of an expert: many, or few.
+    for hidden, width, num_experts in ((2_048, 1_024, 2), (2_048, 1_024, 16), (2_048, 768, 2), (2_056, 1_030, 2)):
+        x, gate_up = torch.zeros(64, hidden, dtype=dtype), torch.zeros(num_experts, 2 * width, hidden, dtype=dtype)
+        down, h = torch.zeros(num_experts, hidden, width, dtype=dtype), torch.zeros(512, 2 * width, dtype=dtype)
+        picks = torch.arange(512).remainder(num_experts).view(64, 8)
+        operands = (x, torch.ones(64, 8), gate_up, down)
+        dispatch = moe_route_reference(picks, num_experts)
+        name = f"{hidden} x {width}, tiles of {tile_height(512, num_experts)} rows"
+        modules = (moe, moe_gemm, moe_combine)
+        yield name, _recorded(modules, ops.moe_experts, *operands, *dispatch, True)
+        yield name, _recorded(modules, ops.moe_experts_backward, x, *operands, h, *dispatch, True, True, True)
+
+
+@contextmanager
+def _as_on(capability: int) -> Iterator[None]:
+    """The grouped products ask the tensors' device how wide their tiles may be: here it says what such a GPU would."""
+    widest = moe_gemm._widest
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device="cuda")
+    with (
+        mock.patch.object(moe_gemm, "_widest", lambda tile, _x: widest(tile, on_gpu)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+    ):
+        yield
 
 
 def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> tuple[float, float, float, float]:
@@ -127,15 +171,20 @@ def _name(kernel: Any) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
 
 
-def _recorded(module: ModuleType, op: Callable[..., Any], *arguments: Any) -> list[Launch]:
+def _recorded(modules: Sequence[ModuleType], op: Callable[..., Any], *arguments: Any) -> list[Launch]:
     recorded: list[Launch] = []
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    kernels = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction)
+    ]
     try:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, _Recorder(kernel, recorded))
         op(*arguments)
     finally:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
     return recorded
 

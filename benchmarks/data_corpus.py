@@ -174,7 +174,7 @@ def _equal_shares(texts: Sequence[str]) -> Iterator[list[str]]:
     ends = np.cumsum([_size(text) for text in texts])
     part_of = np.minimum(ends * NUM_PARTS // (ends[-1] + 1), NUM_PARTS - 1)
     for part in range(NUM_PARTS):
-        yield [texts[i] for i in np.flatnonzero(part_of == part)]
+        yield [texts[i] for i in np.flatnonzero(part_of == part).tolist()]
 
 
 def _documents(sources: Sequence[InputFile], chinese: Path | None, total_bytes: int) -> list[tuple[str, str]]:

@@ -1,7 +1,6 @@
 """What `make bench-kernels` measures: operators, shapes, and who computes them.
 
-An operator is one entry of OPERATORS. Its functions take their differentiable tensors first, the others after them, and
-are named as "module:attribute", so that one that cannot be imported is an error of its own row.
+An operator is one entry of OPERATORS; those of mixtures of experts are in moe_cases.py.
 
 Bytes are the least that a forward or backward can move: every input that is needed read once, every output written
 once. Vectors beside matrices, such as weights of norms, tables of angles or targets, are not counted.
@@ -9,185 +8,27 @@ once. Vectors beside matrices, such as weights of norms, tables of angles or tar
 
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks import kernel_peers as peers
-from benchmarks.kernel_peers import IGNORE, Function, Loader
+from benchmarks import moe_cases
+from benchmarks.kernel_operator import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Draw,
+    Inputs,
+    Operator,
+    Phase,
+    Shape,
+    Sizes,
+    sum_of,
+)
 
-Phase = Literal["fwd", "bwd", "fwd+bwd"]
-FORWARD: Phase = "fwd"
-BACKWARD: Phase = "bwd"
-BOTH: Phase = "fwd+bwd"
-PHASES: tuple[Phase, ...] = (FORWARD, BACKWARD, BOTH)
-
-Shape = Mapping[str, int]
-
-# One target in so many is ignored: enough to be computed wrongly, too few to save bytes.
-_IGNORED = 128
 _ROPE_BASE = 10_000.0
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Tensors of one call: those that get a gradient, and the others."""
-
-    leaves: tuple[Tensor, ...]
-    others: tuple[Tensor, ...] = ()
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of all of them."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.leaves, *self.others))
-
-
-class Draw:
-    """Random tensors on a device, equal for equal seeds.
-
-    The generator is its own: after a failed capture of a graph, the device's default one refuses to draw.
-    """
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int):
-        self.device, self.dtype = device, dtype
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers."""
-        return torch.randn(shape, generator=self._generator, device=self.device, dtype=self.dtype)
-
-    def targets(self, num_rows: int, vocab_size: int) -> Tensor:
-        """Classes, a few of them IGNORE, the first among these."""
-        targets = torch.randint(vocab_size, (num_rows,), generator=self._generator, device=self.device)
-        targets[::_IGNORED] = IGNORE
-        return targets
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """A shape, the phases measured at it, and whether the slow compilers and the peers take part."""
-
-    shape: Shape
-    phases: tuple[Phase, ...] = PHASES
-    with_peers: bool = True
-    autotuned: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Operator:
-    """One operator: how its inputs are drawn, what it must move or compute, and its implementations."""
-
-    name: str
-    leaves: tuple[str, ...]
-    outputs: tuple[str, ...]
-    draw: Callable[[Draw, Shape], Inputs]
-    ours: str
-    reference: str
-    elements: Callable[[Shape], Mapping[Phase, int]] = lambda _shape: {}
-    """Elements moved per phase; none for an operator that its matrix products bound."""
-    flops: Callable[[Shape], Mapping[Phase, int]] = lambda _shape: {}
-    intermediate: Callable[[Shape], int] = lambda _shape: 0
-    """Elements of the largest tensor that the reference makes, where that is larger than its inputs."""
-    options: Callable[[Shape], dict[str, int]] = lambda _shape: {}
-    """Keyword arguments of ours and of the reference."""
-    step: str | None = None
-    """Our forward and backward in one call, which leaves the gradient in its only leaf and returns the rows' losses."""
-    peers: Mapping[str, Loader] = field(default_factory=dict)
-    parts: Callable[[dict[str, Tensor], Inputs], dict[str, Tensor]] = lambda results, _inputs: results
-    """Takes results apart whose elements differ so much in size that one scale would hide errors of the small ones."""
-    exponent: Callable[[Shape], float] = lambda _shape: 0.0
-    """Size of fp32 numbers that are exponentiated: a unit in their last place is so many units of what comes out."""
-    gradient_is_one: bool = False
-    """Whether the output is a loss, whose gradient is 1; else gradients are random."""
-    is_in_place: bool = False
-    """Whether implementations overwrite their inputs, which then have to be restored."""
-    tiny: tuple[Shape, ...]
-    """Shapes for the interpreter."""
-    sizes: tuple[Sizes, ...]
-    """Shapes of the default run, the most telling first."""
-    full: tuple[Sizes, ...] = ()
-    """Further shapes of `--full`."""
-    knobs: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    """Launch parameters, constants of the kernel's module, and the values that `--sweep` tries."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An operator at a shape."""
-
-    operator: Operator
-    sizes: Sizes
-
-    @property
-    def name(self) -> str:
-        """Operator and shape, for a reader."""
-        return f"{self.operator.name} {label(self.sizes.shape)}"
-
-
-def label(shape: Shape) -> str:
-    """M=16384 d=2048"""
-    return " ".join(f"{key}={value}" for key, value in shape.items())
-
-
-def ours(operator: Operator, shape: Shape) -> Function:
-    """Our public function, with the operator's options."""
-    return _with_options(pkgutil.resolve_name(operator.ours), operator.options(shape))
-
-
-def reference(operator: Operator, shape: Shape) -> Function:
-    """The specification in plain torch, with the operator's options."""
-    return _with_options(pkgutil.resolve_name(operator.reference), operator.options(shape))
-
-
-def step(operator: Operator) -> Callable[..., Tensor] | None:
-    """Our forward and backward in one call: the sum of its losses; the gradient lies in the leaf."""
-    if operator.step is None:
-        return None
-    rows: Callable[..., Tensor] = pkgutil.resolve_name(operator.step)
-
-    def loss_sum(*tensors: Tensor) -> Tensor:
-        return rows(*tensors).sum()
-
-    return loss_sum
-
-
-def _with_options(function: Function, options: dict[str, int]) -> Function:
-    if not options:
-        return function
-
-    def bound(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return function(*tensors, **options)
-
-    return bound
-
-
-def default_cases() -> list[Case]:
-    """In order of importance: the first shape of every operator, then the second of each, and so on."""
-    return _in_rounds([operator.sizes for operator in OPERATORS])
-
-
-def full_cases() -> list[Case]:
-    """The default ones, then the full grid."""
-    return default_cases() + _in_rounds([operator.full for operator in OPERATORS])
-
-
-def _in_rounds(sizes: list[tuple[Sizes, ...]]) -> list[Case]:
-    rounds = max(map(len, sizes))
-    return [
-        Case(operator, sizes_of_one[number])
-        for number in range(rounds)
-        for operator, sizes_of_one in zip(OPERATORS, sizes, strict=True)
-        if number < len(sizes_of_one)
-    ]
-
-
-def _sum_of(forward: int, backward: int) -> dict[Phase, int]:
-    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
-
-
 _TIMED_APART: tuple[Phase, ...] = (FORWARD, BACKWARD)
 _ROWS = (4_096, 16_384, 32_768, 65_536)
 _WIDTHS = (768, 1_024, 2_048, 4_096)
@@ -225,7 +66,7 @@ RMS_NORM = Operator(
     draw=_draw_norm,
     ours="kernels.rms_norm:rms_norm",
     reference="kernels.rms_norm:rms_norm_reference",
-    elements=lambda shape: _sum_of(2 * shape["M"] * shape["d"], 3 * shape["M"] * shape["d"]),
+    elements=lambda shape: sum_of(2 * shape["M"] * shape["d"], 3 * shape["M"] * shape["d"]),
     peers={
         "HF eager": peers.hf_rms_norm,
         "Liger": peers.liger_rms_norm,
@@ -245,7 +86,7 @@ ADD_RMS_NORM = Operator(
     draw=_draw_add_norm,
     ours="kernels.rms_norm:add_rms_norm",
     reference="kernels.rms_norm:add_rms_norm_reference",
-    elements=lambda shape: _sum_of(4 * shape["M"] * shape["d"], 4 * shape["M"] * shape["d"]),
+    elements=lambda shape: sum_of(4 * shape["M"] * shape["d"], 4 * shape["M"] * shape["d"]),
     peers={
         "Liger": peers.liger_add_rms_norm,
         "quack": peers.quack_add_rms_norm,
@@ -282,7 +123,7 @@ def _tables(draw: Draw, length: int, size: int) -> tuple[Tensor, Tensor]:
 
 def _rope_elements(shape: Shape, copies_of_kv: int) -> dict[Phase, int]:
     elements = 2 * shape["M"] * (shape["H"] + copies_of_kv * shape["G"]) * shape["K"]
-    return _sum_of(elements, elements)
+    return sum_of(elements, elements)
 
 
 _ROPE_SIZES = (
@@ -338,7 +179,7 @@ SWIGLU = Operator(
     draw=lambda draw, shape: Inputs((draw.normal(shape["M"], 2 * shape["F"]),)),
     ours="kernels.swiglu:swiglu",
     reference="kernels.swiglu:swiglu_reference",
-    elements=lambda shape: _sum_of(3 * shape["M"] * shape["F"], 5 * shape["M"] * shape["F"]),
+    elements=lambda shape: sum_of(3 * shape["M"] * shape["F"], 5 * shape["M"] * shape["F"]),
     peers={"Liger": peers.liger_swiglu, "flash-attn": peers.flash_swiglu},
     tiny=({"M": 5, "F": 48}, {"M": 3, "F": 37}),
     sizes=(
@@ -449,9 +290,33 @@ LINEAR_CROSS_ENTROPY = Operator(
 OPERATORS: tuple[Operator, ...] = (
     ADD_RMS_NORM,
     CROSS_ENTROPY,
+    moe_cases.EXPERTS,
     LINEAR_CROSS_ENTROPY,
     SWIGLU,
     ROPE_PACKED,
     ROPE,
     RMS_NORM,
+    moe_cases.ROUTE,
+    moe_cases.COMBINE,
+    moe_cases.PERMUTE,
 )
+
+
+def default_cases() -> list[Case]:
+    """In order of importance: the first shape of every operator, then the second of each, and so on."""
+    return _in_rounds([operator.sizes for operator in OPERATORS])
+
+
+def full_cases() -> list[Case]:
+    """The default ones, then the full grid."""
+    return default_cases() + _in_rounds([operator.full for operator in OPERATORS])
+
+
+def _in_rounds(sizes: list[tuple[Sizes, ...]]) -> list[Case]:
+    rounds = max(map(len, sizes))
+    return [
+        Case(operator, sizes_of_one[number])
+        for number in range(rounds)
+        for operator, sizes_of_one in zip(OPERATORS, sizes, strict=True)
+        if number < len(sizes_of_one)
+    ]

@@ -6,10 +6,11 @@ run; "of copy" and "of ceiling" are of what the same process measured.
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from benchmarks.kernel_cases import BACKWARD, BOTH, FORWARD, Phase, label
-from benchmarks.kernel_rows import COMPILED, EAGER, OURS, OURS_COMPILED, Cell, Row
+from benchmarks.kernel_operator import BACKWARD, BOTH, FORWARD, Phase, Shape, label
+from benchmarks.kernel_rows import COMPILED, DTYPE, EAGER, OURS, OURS_COMPILED, Cell, Row
+from benchmarks.moe_cases import DENSE, GROUPED_MM, MOVES
 from benchmarks.table import Table
 from benchmarks.timing import Ceiling, Ratio, ratio
 
@@ -46,15 +47,21 @@ def against(row: Row, peer: str, base: str = OURS) -> Ratio | None:
 def of_copy(row: Row, ceilings: Ceilings, name: str = OURS) -> float | None:
     """Bandwidth over that of a copy which moves as many bytes."""
     duration_s = seconds(row.cells.get(name))
-    if duration_s is None or row.moved_bytes is None:
+    if duration_s is None or row.moved_bytes is None or not row.has_speed(name):
         return None
     return row.moved_bytes / duration_s / ceilings.copy.at(row.moved_bytes)
 
 
 def of_matmul(row: Row, ceilings: Ceilings, name: str = OURS) -> float | None:
     """Useful FLOP/s over those of a large matrix product."""
+    flops = flops_per_s(row, name)
+    return None if flops is None else flops / ceilings.matmul_flops
+
+
+def flops_per_s(row: Row, name: str = OURS) -> float | None:
+    """Useful FLOP/s."""
     duration_s = seconds(row.cells.get(name))
-    return None if duration_s is None or row.flops is None else row.flops / duration_s / ceilings.matmul_flops
+    return None if duration_s is None or row.flops is None or not row.has_speed(name) else row.flops / duration_s
 
 
 Value = Callable[[Row, Ceilings], float | None]
@@ -71,6 +78,8 @@ class Goal:
     value: Value
     needed: float
     is_upper_bound: bool = False
+    shape: Shape = field(default_factory=dict)
+    """What a shape has to have to count."""
 
     def measured(self, rows: Iterable[Row], ceilings: Ceilings) -> tuple[float, Row] | None:
         """The worst value, and where."""
@@ -80,6 +89,7 @@ class Goal:
             if row.case.operator.name in self.operators
             and row.phase in self.phases
             and row.case.sizes.shape["M"] >= _FEWEST_ROWS
+            and self.shape.items() <= row.case.sizes.shape.items()
             and (value := self.value(row, ceilings)) is not None
         ]
         if not found:
@@ -92,6 +102,8 @@ class Goal:
 
 
 def _versus(peer: str) -> Value:
+    """The time of a peer, or of a part of our work, over ours."""
+
     def value(row: Row, _ceilings: Ceilings) -> float | None:
         found = against(row, peer)
         return None if found is None else found.median
@@ -130,11 +142,51 @@ def _right_past_int32(row: Row, _ceilings: Ceilings) -> float | None:
     return float(cell.verdict.is_right)
 
 
+def _microseconds(row: Row, _ceilings: Ceilings) -> float | None:
+    duration_s = seconds(row.cells.get(OURS))
+    return None if duration_s is None else 1e6 * duration_s
+
+
+def _teraflops(row: Row, _ceilings: Ceilings) -> float | None:
+    found = flops_per_s(row)
+    return None if found is None else found / 1e12
+
+
+def _is_captured(row: Row, _ceilings: Ceilings) -> float | None:
+    """A graph holds no call for which the host waits."""
+    cell = row.cells.get(OURS)
+    return None if seconds(cell) is None or cell is None else float(cell.how == "graph")
+
+
+def _kept(row: Row, name: str) -> float | None:
+    """Elements a token that a layer of experts keeps for its backward, its input with them."""
+    cell, shape = row.cells.get(name), row.case.sizes.shape
+    if cell is None or cell.note or cell.kept_bytes is None:
+        return None
+    return cell.kept_bytes / DTYPE.itemsize / shape["M"] + shape["d"]
+
+
+def _kept_of_needed(row: Row, _ceilings: Ceilings) -> float | None:
+    kept, shape = _kept(row, OURS), row.case.sizes.shape
+    return None if kept is None else kept / (shape["d"] + 2 * shape["J"] * shape["F"])
+
+
+def _kept_of_scatter(row: Row, _ceilings: Ceilings) -> float | None:
+    ours, theirs = _kept(row, OURS), _kept(row, "ScatterMoE")
+    return None if ours is None or theirs is None else ours / theirs
+
+
 _NORMS, _ADD, _ROPES = ("rms_norm",), ("add_rms_norm",), ("rope",)
 _SWIGLU, _LOSS, _LINEAR = ("swiglu",), ("cross_entropy",), ("linear_cross_entropy",)
-_ALL = ("rms_norm", "add_rms_norm", "rope", "rope_packed", "swiglu", "cross_entropy", "linear_cross_entropy")
+_ROUTE, _PERMUTE, _COMBINE, _EXPERTS = ("moe_route",), ("moe_permute",), ("moe_combine",), ("moe_experts",)
+_MIXTURES = (*_ROUTE, *_COMBINE, *_EXPERTS)
+_ALL = (*_NORMS, *_ADD, *_ROPES, "rope_packed", *_SWIGLU, *_LOSS, *_LINEAR, *_MIXTURES)
 _EITHER: tuple[Phase, ...] = (FORWARD, BACKWARD)
 _EVERY: tuple[Phase, ...] = (FORWARD, BACKWARD, BOTH)
+
+_LARGE_INDEX = {"M": 32_768, "J": 8, "E": 256}
+_FINE, _COARSE = {"E": 64, "J": 8, "F": 1_024}, {"E": 8, "J": 2}
+_MANY = {"M": 32_768, "E": 128, "d": 2_048, "F": 768, "J": 8}
 
 GOALS: Sequence[Goal] = (
     Goal("K1", "RMSNorm forward, of copy", _NORMS, (FORWARD,), of_copy, 0.92),
@@ -155,6 +207,24 @@ GOALS: Sequence[Goal] = (
     Goal("K6", "linear + cross-entropy, x Liger", _LINEAR, (BOTH,), _versus("Liger"), 1.3),
     Goal("K6", "linear + cross-entropy, x F.linear_cross_entropy", _LINEAR, (BOTH,), _versus("torch fused"), 1.0),
     Goal("K6", "linear + cross-entropy, dW error of eager's", _LINEAR, (BOTH,), _head_error_of_eager, 1.0, True),
+    Goal("K7", "rows of experts: index build, us", _ROUTE, (FORWARD,), _microseconds, 25.0, True, _LARGE_INDEX),
+    Goal("K7", "rows of experts: permutation by torch, of copy", _PERMUTE, (FORWARD,), of_copy, 0.75),
+    Goal("K7", "rows of experts: combine, of copy", _COMBINE, (FORWARD,), of_copy, 0.80),
+    Goal("K7", "experts: the host never waits (1 = yes)", _MIXTURES, _EVERY, _is_captured, 1.0),
+    Goal("K8", "64 experts, TFLOP/s of a dense FFN's", _EXPERTS, (BOTH,), _versus(DENSE), 0.70, False, _FINE),
+    Goal("K8", "64 experts, x torchtitan's grouped_mm", _EXPERTS, (BOTH,), _versus("torchtitan"), 1.3, False, _FINE),
+    Goal("K8", "64 experts, x ScatterMoE", _EXPERTS, (BOTH,), _versus("ScatterMoE"), 1.4, False, _FINE),
+    Goal(
+        "K8", "64 experts, kept activations of ScatterMoE's", _EXPERTS, (FORWARD,), _kept_of_scatter, 0.6, True, _FINE
+    ),
+    Goal("G9", "128 experts, TFLOP/s; Liger says 337", _EXPERTS, (FORWARD,), _teraflops, 337.0, False, _MANY),
+    Goal("G9", "128 experts, TFLOP/s; Liger says 263", _EXPERTS, (BOTH,), _teraflops, 263.0, False, _MANY),
+    Goal("G9", "experts, x Liger", _EXPERTS, (FORWARD, BOTH), _versus("Liger"), 1.0),
+    Goal("G9", "experts, x the back-end grouped_mm", _EXPERTS, (FORWARD, BOTH), _versus(GROUPED_MM), 1.1),
+    Goal("G10", "experts, x HF's loop", _EXPERTS, (BOTH,), _versus("HF loop"), 10.0),
+    Goal("G11", "experts, share of index and combine", _EXPERTS, (BOTH,), _versus(MOVES), 0.12, True),
+    Goal("G12", "8 experts, TFLOP/s of a dense FFN's", _EXPERTS, (BOTH,), _versus(DENSE), 0.80, False, _COARSE),
+    Goal("G13", "experts, kept activations of d + 2 J F", _EXPERTS, (FORWARD,), _kept_of_needed, 1.0, True),
     Goal("K9", "inside torch.compile(fullgraph), of alone", _ALL, _EVERY, _inside_compile, 1.03, True),
     Goal("K9", "recompilations after the warm-up", _ALL, _EVERY, _recompiles, 0.0, True),
 )

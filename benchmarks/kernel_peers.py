@@ -18,7 +18,10 @@ Loader = Callable[[], Function]
 EPS = 1e-6
 IGNORE = -100
 
-_DISTRIBUTIONS = ("transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy")
+_DISTRIBUTIONS = (
+    "transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy", "scattermoe", "sonic-moe",
+    "megablocks",
+)  # fmt: skip
 
 
 def versions() -> Mapping[str, str]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_cases import BACKWARD, BOTH, Case, label
-from benchmarks.kernel_goals import Ceilings, against, of_copy, of_matmul, seconds
+from benchmarks.kernel_goals import Ceilings, against, flops_per_s, of_copy, of_matmul, seconds
+from benchmarks.kernel_operator import BACKWARD, BOTH, Case, label
 from benchmarks.kernel_rows import OURS, OURS_AGAIN, OURS_BY_AUTOGRAD, OURS_COMPILED, Cell, Row
 from benchmarks.table import Table
 from benchmarks.timing import is_noisy
@@ -30,7 +30,7 @@ def operator_tables(rows: Sequence[Row], ceilings: Ceilings) -> Iterable[Table]:
 def _ours_table(name: str, rows: Sequence[Row], ceilings: Ceilings) -> Table:
     with_matmul = any(row.flops for row in rows)
     speed = ["TFLOP/s", "of matmul"] if with_matmul else ["GB/s", "of copy"]
-    columns = ["shape", "phase", "us", "us launched", *speed, "extra MiB", "launches", "by"]
+    columns = ["shape", "phase", "us", "us launched", *speed, "extra MiB", "kept MiB", "launches", "by"]
     columns += ["error", "eager's", "of", "equal bits", "compiled", "itself"]
     noisy = any((itself := against(row, OURS_AGAIN)) is not None and is_noisy(itself) for row in rows)
     title = f"{name}: ours{'   NOISY: the same kernel differs from itself by more than 1%' if noisy else ''}"
@@ -47,14 +47,15 @@ def _ours_line(row: Row, ceilings: Ceilings) -> list[Value]:
     where: list[Value] = [label(row.case.sizes.shape), row.phase]
     bits = "" if cell.equal_bits is None else "yes" if cell.equal_bits else "NO"
     if duration_s is None:
-        return [*where, _short(cell.note) or None, *[""] * 6, *errors, bits, "", ""]
+        return [*where, _short(cell.note) or None, *[""] * 7, *errors, bits, "", ""]
     if row.flops is not None:
         speed: list[Value] = [row.flops / duration_s / 1e12, _percent(of_matmul(row, ceilings))]
     else:
         speed = [(row.moved_bytes or 0) / duration_s / 1e9, _percent(of_copy(row, ceilings))]
     launched_s = cell.seconds_with_launches
     extra = None if cell.peak_bytes is None else cell.peak_bytes / _MIB
-    figures: list[Value] = [1e6 * duration_s, None if launched_s is None else 1e6 * launched_s, *speed, extra]
+    kept = "" if cell.kept_bytes is None else cell.kept_bytes / _MIB
+    figures: list[Value] = [1e6 * duration_s, None if launched_s is None else 1e6 * launched_s, *speed, extra, kept]
     compiled, itself = against(row, OURS_COMPILED), against(row, OURS_AGAIN)
     in_compile = _short(row.cells.get(OURS_COMPILED, Cell()).note) if compiled is None else f"{compiled.median:.3f}"
     return [
@@ -143,6 +144,7 @@ def _record(row: Row, name: str, cell: Cell, ceilings: Ceilings) -> dict[str, An
         "of_matmul": of_matmul(row, ceilings, name),
         "times_ours": None if versus is None else [versus.p20, versus.median, versus.p80],
         "peak_extra_bytes": cell.peak_bytes,
+        "kept_bytes": cell.kept_bytes,
         "launches": cell.launches,
         "recompilations": cell.recompiles,
         "equal_bits": cell.equal_bits,
@@ -208,10 +210,10 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _speed(row: Row, name: str, unit: str) -> float | None:
-    duration_s = seconds(row.cells.get(name))
-    if duration_s is None:
-        return None
-    return (row.flops or 0) / duration_s / 1e12 if unit == "TFLOP/s" else (row.moved_bytes or 0) / duration_s / 1e9
+    flops, duration_s = flops_per_s(row, name), seconds(row.cells.get(name))
+    if unit == "TFLOP/s":
+        return None if flops is None else flops / 1e12
+    return None if duration_s is None else (row.moved_bytes or 0) / duration_s / 1e9
 
 
 def _short(note: str) -> str:

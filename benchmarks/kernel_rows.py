@@ -10,8 +10,8 @@ import torch._dynamo.utils
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.kernel_cases import BACKWARD, BOTH, FORWARD, Case, Draw, Inputs, Operator, Phase, ours, reference, step
 from benchmarks.kernel_check import (
+    FACTOR,
     Judge,
     Results,
     Verdict,
@@ -22,6 +22,20 @@ from benchmarks.kernel_check import (
     nan_in_fresh_memory,
     results,
     step_results,
+)
+from benchmarks.kernel_operator import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Draw,
+    Inputs,
+    Operator,
+    Phase,
+    Yardstick,
+    ours,
+    reference,
+    step,
 )
 from benchmarks.kernel_peers import Function, Loader
 from benchmarks.timing import Budget, Call, Clock, Timed, interleave, num_sets, warm_up
@@ -71,6 +85,8 @@ class Cell:
     how: str | None = None
     seconds_with_launches: float | None = None
     peak_bytes: int | None = None
+    kept_bytes: int | None = None
+    """What a forward keeps for its backward beside its inputs, numbers of rows and other integers not counted."""
     launches: int | None = None
     recompiles: int | None = None
     """Graphs that torch.compile made after the warm-up."""
@@ -102,6 +118,11 @@ class Row:
         """Useful operations of its matrix products."""
         return self.case.operator.flops(self.case.sizes.shape).get(self.phase)
 
+    def has_speed(self, name: str) -> bool:
+        """Whether an implementation does all of this work, so that bytes or operations over its time are a speed."""
+        yardstick = self.case.operator.yardsticks.get(name)
+        return yardstick is None or yardstick.is_equal_work
+
 
 @dataclass(frozen=True, slots=True)
 class Provider:
@@ -111,6 +132,7 @@ class Provider:
     load: Loader
     step: Callable[[], Callable[..., Tensor] | None] = lambda: None
     is_compiled: bool = False
+    yardstick: Yardstick | None = None
 
 
 @dataclass(slots=True)
@@ -125,8 +147,8 @@ class Loaded:
 
     @property
     def is_right(self) -> bool:
-        """Whether it was checked, and no check failed."""
-        return self.verdict is not None and self.verdict.is_right
+        """Whether it was checked, and no check failed; a yardstick need not be."""
+        return self.provider.yardstick is not None or (self.verdict is not None and self.verdict.is_right)
 
 
 def providers(case: Case) -> list[Provider]:
@@ -147,7 +169,9 @@ def providers(case: Case) -> list[Provider]:
     if operator.step is not None:
         found.append(Provider(OURS_BY_AUTOGRAD, partial(_on_results, load_ours)))
     if case.sizes.with_peers:
-        found.append(Provider(COMPILED, partial(_compiled, load_reference), is_compiled=True))
+        found += [Provider(name, one.load, yardstick=one) for name, one in operator.yardsticks.items()]
+        if operator.compiles_reference:
+            found.append(Provider(COMPILED, partial(_compiled, load_reference), is_compiled=True))
         found += [Provider(name, loader) for name, loader in operator.peers.items()]
     if case.sizes.autotuned:
         autotuned = partial(_compiled, load_reference, mode="max-autotune-no-cudagraphs")
@@ -247,7 +271,7 @@ def _load_and_check(case: Case, clock: Clock, budget: Budget, device: str, notes
         try:
             one = load(provider)
             judges = judges or [Judge(case, Draw(device, DTYPE, seed), clock.free_bytes()) for seed in seeds]
-            for judge in judges:
+            for judge in judges if provider.yardstick is None else ():
                 check(one, judge, case.operator)
         except ModuleNotFoundError as error:
             notes[provider.name] = explain(error) if provider.name.startswith(OURS) else ABSENT
@@ -268,12 +292,17 @@ def check(one: Loaded, judge: Judge, operator: Operator) -> None:
     for by_step in (False, True) if one.step is not None else (False,):
         with contextlib.nullcontext() if one.provider.is_compiled else nan_in_fresh_memory():
             found = _run(one, judge, operator, by_step)
-        verdict = judge.judge(found)
+        verdict = judge.judge(found, _factor(one, operator))
         if one.verdict is None or one.is_right:  # what is wrong once stays wrong
             one.verdict = verdict
         if one.provider.name == OURS:
             runs = (_run(one, judge, operator, by_step) for _ in range(_DETERMINISM_RUNS))
             one.equal_bits = one.equal_bits is not False and equal_bits(runs)
+
+
+def _factor(one: Loaded, operator: Operator) -> float:
+    is_ours = one.provider.name.startswith(OURS)
+    return FACTOR if is_ours or operator.peer_factor is None else operator.peer_factor
 
 
 def _run(one: Loaded, judge: Judge, operator: Operator, by_step: bool) -> Results:
@@ -361,6 +390,8 @@ def _prepare(one: Loaded, phase: Phase, sets: InputSets, clock: Clock, cell: Cel
         calls[0]()
     compiled = _graphs_compiled()
     cell.peak_bytes = clock.peak_bytes(calls[0])
+    if phase == FORWARD and sets.restore is None and not one.provider.is_compiled:
+        cell.kept_bytes = _kept_bytes(calls[0], inputs_of(one, sets)[0])
     timed = {one.provider.name: clock.prepare(calls, sets.restore)}
     cell.how = timed[one.provider.name].how
     cell.seconds_with_launches = clock.seconds_with_launches(calls, sets.restore)
@@ -378,7 +409,26 @@ def _cell_of(one: Loaded) -> Cell:
 
 def make_calls(one: Loaded, phase: Phase, sets: InputSets) -> list[Call]:
     """A call per input set."""
-    return [_call(one, phase, *one_set) for one_set in zip(sets.inputs, sets.directions, strict=True)]
+    return [_call(one, phase, *one_set) for one_set in zip(inputs_of(one, sets), sets.directions, strict=True)]
+
+
+def inputs_of(one: Loaded, sets: InputSets) -> list[Inputs]:
+    """An implementation's inputs: the sets themselves, or what a yardstick makes of them."""
+    return sets.inputs if one.provider.yardstick is None else [*map(one.provider.yardstick.inputs, sets.inputs)]
+
+
+def _kept_bytes(forward: Call, inputs: Inputs) -> int:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.leaves, *inputs.others)}
+    return sum(size for pointer, size in kept.items() if pointer not in given)
 
 
 def _call(one: Loaded, phase: Phase, inputs: Inputs, directions: Sequence[Tensor]) -> Call:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.kernel_cases import Case, Draw, Phase, label
 from benchmarks.kernel_check import Judge
 from benchmarks.kernel_goals import seconds
+from benchmarks.kernel_operator import Case, Draw, Phase, label
 from benchmarks.kernel_rows import DTYPE, Cell, Effort, InputSets, check, explain, load, make_calls, providers
 from benchmarks.table import Table
 from benchmarks.timing import Budget, Clock, DeviceLostError, Timed, interleave, warm_up
@@ -37,7 +37,8 @@ def _measure(case: Case, phase: Phase, judge: Judge, sets: InputSets, clock: Clo
     timed: dict[str, Timed] = {}
     for target, values in case.operator.knobs.items():
         for value in values:
-            name = f"{target.partition(':')[2]} = {value}{' (now)' if pkgutil.resolve_name(target) == value else ''}"
+            now = pkgutil.resolve_name(target)
+            name = f"{target.partition(':')[2]} = {value}{' (now)' if with_value(now, value) == now else ''}"
             cells[name] = Cell()
             # A captured graph keeps what was launched: the value matters while it is prepared.
             with _set(target, value):
@@ -60,12 +61,17 @@ def _measure(case: Case, phase: Phase, judge: Judge, sets: InputSets, clock: Clo
     return cells
 
 
+def with_value(before: Any, value: Any) -> Any:
+    """A constant with a value that is tried: of a dict, the entries that the value has."""
+    return {**before, **value} if isinstance(before, dict) else value
+
+
 @contextmanager
 def _set(target: str, value: object) -> Iterator[None]:
     module_name, _, attribute = target.partition(":")
     module: Any = pkgutil.resolve_name(module_name)
     before = getattr(module, attribute)
-    setattr(module, attribute, value)
+    setattr(module, attribute, with_value(before, value))
     try:
         yield
     finally:

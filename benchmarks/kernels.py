@@ -28,8 +28,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from benchmarks.environment import describe, device_name, result_path, write_result
-from benchmarks.kernel_cases import OPERATORS, Case, Sizes, default_cases, full_cases
+from benchmarks.kernel_cases import OPERATORS, default_cases, full_cases
 from benchmarks.kernel_goals import Ceilings, goals_table, of_copy, of_matmul, seconds
+from benchmarks.kernel_operator import Case, Sizes
 from benchmarks.kernel_peers import versions
 from benchmarks.kernel_report import correctness_table, draw, errors, operator_tables, records
 from benchmarks.kernel_rows import NO_TIME, OURS, Cell, Effort, Row, checked, explain, measure_case

@@ -39,6 +39,7 @@ KERNELS_OFF = {
     "swiglu": "torch",
     "cross_entropy": "torch",
     "linear_cross_entropy": "whole",
+    "moe": "loop",
 }
 """Values of the config's section `kernels` with which none of ours runs. Attention is torch's in any case."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.launch import chosen, num_warps, rows_of, runs_triton, sum_dtype
 
 # Elements of one tile of y and of its widest row. A thread has 8 of them, and loads of several picks under way.
-_TILE_ELEMENTS = 2_048
+_TILE_ELEMENTS = 1_024
 _TILE_COLUMNS = 1_024
 
 

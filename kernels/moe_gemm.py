@@ -57,7 +57,7 @@ _UP = {
     (2, 128): Tile(columns=128, depth=64, warps=8, stages=3),
     (2, 64): Tile(columns=64, depth=64, warps=4, stages=3),
     (4, 128): Tile(columns=32, depth=32, warps=8, stages=2),
-    (4, 64): Tile(columns=32, depth=32, warps=4, stages=2),
+    (4, 64): Tile(columns=32, depth=32, warps=4, stages=3),
     (8, 128): Tile(columns=32, depth=32, warps=8, stages=2),
     (8, 64): Tile(columns=32, depth=32, warps=4, stages=2),
 }

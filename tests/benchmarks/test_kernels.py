@@ -11,20 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_cases, kernel_check, kernel_rows, kernel_sweep, kernels
-from benchmarks.kernel_cases import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    OPERATORS,
-    RMS_NORM,
-    Case,
-    Draw,
-    Inputs,
-    Operator,
-    Phase,
-    Sizes,
-)
+from benchmarks import kernel_cases, kernel_check, kernel_operator, kernel_rows, kernel_sweep, kernels
+from benchmarks.kernel_cases import OPERATORS, RMS_NORM
 from benchmarks.kernel_check import Judge, Verdict, nan_in_fresh_memory, relative_error, results
 from benchmarks.kernel_goals import (
     GOALS,
@@ -36,6 +24,19 @@ from benchmarks.kernel_goals import (
     goals_table,
     of_copy,
     of_matmul,
+)
+from benchmarks.kernel_operator import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Draw,
+    Inputs,
+    Operator,
+    Phase,
+    Shape,
+    Sizes,
+    Yardstick,
 )
 from benchmarks.kernel_report import draw, operator_tables, records
 from benchmarks.kernel_rows import (
@@ -104,6 +105,35 @@ def twice_without_memory(x: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
 
+def fourth_power(x: Tensor) -> Tensor:
+    return (x * x).square()
+
+
+def rows_in_order(x: Tensor) -> Tensor:
+    return x[torch.arange(len(x)).flip(0)]
+
+
+def a_third(x: Tensor) -> Tensor:
+    return x / 3
+
+
+def half_of_a_third(x: Tensor) -> Tensor:
+    return x / 3 * 1.02
+
+
+def only_others(draw: Draw, shape: Shape) -> Inputs:
+    return Inputs((), (draw.normal(shape["M"], shape["d"]),))
+
+
+def order(x: Tensor) -> Tensor:
+    return x.flatten().argsort(stable=True)
+
+
+def order_but_two(x: Tensor) -> Tensor:
+    found = order(x)
+    return torch.cat((found[:-2], found[-2:].flip(0)))
+
+
 def missing() -> Callable[..., Tensor]:
     raise ModuleNotFoundError("No module named 'liger_kernel'")
 
@@ -113,18 +143,18 @@ def outdated() -> Callable[..., Tensor]:
 
 
 def operator_of(ours: Callable[..., Tensor], **changes) -> Operator:
-    return Operator(
-        name="twice",
-        leaves=("x",),
-        outputs=("y",),
-        draw=lambda draw, shape: Inputs((draw.normal(shape["M"], shape["d"]),)),
-        ours=f"{HERE}:{ours.__name__}",
-        reference=f"{HERE}:twice",
-        elements=lambda shape: dict.fromkeys((FORWARD, BACKWARD), 2 * shape["M"] * shape["d"]),
-        tiny=({"M": 4, "d": 8},),
-        sizes=(Sizes({"M": 4, "d": 8}),),
-        **changes,
-    )
+    defaults = {
+        "name": "twice",
+        "leaves": ("x",),
+        "outputs": ("y",),
+        "draw": lambda draw, shape: Inputs((draw.normal(shape["M"], shape["d"]),)),
+        "ours": f"{HERE}:{ours.__name__}",
+        "reference": f"{HERE}:twice",
+        "elements": lambda shape: dict.fromkeys((FORWARD, BACKWARD), 2 * shape["M"] * shape["d"]),
+        "tiny": ({"M": 4, "d": 8},),
+        "sizes": (Sizes({"M": 4, "d": 8}),),
+    }
+    return Operator(**{**defaults, **changes})
 
 
 def measured(case: Case, clock: HostClock | None = None, seconds: float = 1e9) -> list[Row]:
@@ -208,12 +238,38 @@ def test_an_implementation_may_err_half_as_much_again_as_eager_and_a_unit():
 def test_a_gradient_without_its_softmax_is_wrong_although_only_its_small_elements_are():
     operator, shape = kernel_cases.CROSS_ENTROPY, {"M": 64, "V": 1_000}
     judge = Judge(Case(operator, Sizes(shape)), Draw("cpu", torch.bfloat16, 0))
-    function = kernel_cases.reference(operator, shape)
+    function = kernel_operator.reference(operator, shape)
     found = dict(results(function, operator, judge.inputs, judge.directions))
     assert judge.judge(found).is_right
     found["dlogits"] = torch.zeros_like(found["dlogits"])
     assert judge.judge(found).worst == "dlogits"
     assert not judge.judge(found).is_right
+
+
+def test_others_may_err_more_where_an_operator_says_so_and_ours_may_not():
+    def half_a_unit_off(x: Tensor) -> Tensor:
+        return x * 2.03  # four times what bf16 allows
+
+    changes = {"peers": {"rough": lambda: half_a_unit_off}, "peer_factor": 1e9}
+    row = measured_one(operator_of(twice, **changes))
+    assert (row.cells["rough"].note, row.cells[OURS].note) == (FAIL, "")  # eager torch is exact here: no factor of it
+    rough = operator_of(half_of_a_third, reference=f"{HERE}:a_third", **changes)
+    assert measured_one(rough).cells[OURS].note == FAIL
+    rough = operator_of(
+        a_third, reference=f"{HERE}:a_third", **{**changes, "peers": {"rough": lambda: half_of_a_third}}
+    )
+    assert measured_one(rough).cells["rough"].note == ""
+
+
+def test_integers_have_to_be_the_true_ones_and_need_no_gradient():
+    right, wrong = (
+        operator_of(ours, leaves=(), outputs=("order",), draw=only_others, reference=f"{HERE}:order")
+        for ours in (order, order_but_two)
+    )
+    row = measured_one(right)
+    assert (row.cells[OURS].note, row.cells[OURS].equal_bits) == ("", True)
+    assert row.cells[OURS].seconds
+    assert measured_one(wrong).cells[OURS].note == FAIL
 
 
 def test_what_nobody_wrote_is_not_a_number():
@@ -232,7 +288,7 @@ def test_references_agree_with_themselves_in_every_result(operator: Operator):
     """The names of leaves and outputs fit, also those of the step."""
     case = Case(operator, Sizes(operator.tiny[0]))
     judge = Judge(case, Draw("cpu", torch.bfloat16, 0))
-    function = kernel_cases.reference(operator, operator.tiny[0])
+    function = kernel_operator.reference(operator, operator.tiny[0])
     found = results(function, operator, judge.inputs, judge.directions)
     assert set(found) >= {*operator.outputs, *(f"d{name}" for name in operator.leaves)}
     assert judge.judge(found).is_right
@@ -262,6 +318,54 @@ def test_every_implementation_has_its_cell():
     (line,) = beside.records()
     assert line["Liger"] == "absent"
     assert line["same"].endswith("x")
+
+
+def test_a_yardstick_computes_something_else_on_inputs_of_its_own_and_is_timed_in_every_phase():
+    shapes: list[torch.Size] = []
+
+    def three_times(x: Tensor, y: Tensor) -> Tensor:
+        shapes.append(x.shape)
+        return 3 * x[: len(y)] + y
+
+    def inputs(given: Inputs) -> Inputs:
+        (x,) = (leaf.detach() for leaf in given.leaves)
+        return Inputs((x.repeat(2, 1).requires_grad_(), x.clone().requires_grad_()))
+
+    yardsticks = {
+        name: Yardstick(lambda: three_times, inputs, is_equal_work)
+        for name, is_equal_work in {"as much": True, "a part": False}.items()
+    }
+    operator = operator_of(twice, yardsticks=yardsticks, flops=lambda shape: dict.fromkeys((FORWARD, BOTH), 10**9))
+    rows = measured(Case(operator, Sizes({"M": 6, "d": 8})))
+    for row in rows:
+        assert [row.cells[name].note for name in yardsticks] == ["", ""]
+        assert all(row.cells[name].verdict is None and row.cells[name].seconds for name in yardsticks)
+        assert against(row, "as much") is not None
+        assert of_matmul(row, CEILINGS, "a part") is None
+        assert of_copy(row, CEILINGS, "a part") is None
+        assert (of_matmul(row, CEILINGS, "as much") is None) == (row.phase == BACKWARD)
+    assert set(shapes) == {(12, 8)}
+    assert "a part" not in measured_one(operator, with_peers=False).cells
+
+
+def test_what_a_forward_keeps_is_counted_without_its_inputs_and_integers():
+    def kept(case: Case) -> int | None:
+        return measured(case)[0].cells[EAGER].kept_bytes
+
+    def of(function: Callable[..., Tensor]) -> Operator:
+        return operator_of(function, reference=f"{HERE}:{function.__name__}")
+
+    sizes = Sizes({"M": 6, "d": 8}, (FORWARD,), with_peers=False)
+    assert kept(Case(of(twice), sizes)) == 0
+    assert kept(Case(of(fourth_power), sizes)) == 2 * 6 * 8
+    assert kept(Case(of(rows_in_order), sizes)) == 0
+    both = measured(Case(of(fourth_power), Sizes({"M": 6, "d": 8}, (BOTH,), with_peers=False)))
+    assert both[0].cells[EAGER].kept_bytes is None
+
+
+def test_a_reference_that_is_no_candidate_for_compilation_is_not_compiled():
+    row = measured_one(operator_of(twice, compiles_reference=False))
+    assert (COMPILED in row.cells, OURS_COMPILED in row.cells) == (False, True)
 
 
 def test_an_error_stays_in_its_cell():
@@ -511,29 +615,35 @@ def test_the_state_of_the_gpu_is_read_under_either_name_of_its_throttle_reasons(
 
 def test_a_knob_is_turned_while_its_kernel_is_prepared_and_back_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_sweep, "interleave", lambda timed, rounds: {name: [1e-6] for name in timed})
-    turned: list[int] = []
+    turned: list[tuple[int, dict[str, int]]] = []
 
     class Watches(HostClock):
         def prepare(self, calls: Sequence[Call], restore: Call | None) -> Timed:
-            turned.append(KNOB)
+            turned.append((KNOB, {**KNOBS}))
             return super().prepare(calls, restore)
 
-    operator = operator_of(twice, knobs={f"{HERE}:KNOB": (1, 3)})
+    operator = operator_of(twice, knobs={f"{HERE}:KNOB": (1, 3), f"{HERE}:KNOBS": ({"a": 2}, {"b": 5})})
     odd = Sizes({"M": 5, "d": 8}, (FORWARD,), with_peers=False)
     cases = [Case(operator, Sizes({"M": 4, "d": 8}, (FORWARD,))), Case(operator, odd)]
     table = kernel_sweep.sweep(cases, Watches(), "cpu", Budget(1e9), EFFORT)
-    assert [line["setting"] for line in table.records()] == ["KNOB = 1 (now)", "KNOB = 3"]
+    settings = ["KNOB = 1 (now)", "KNOB = 3", "KNOBS = {'a': 2} (now)", "KNOBS = {'b': 5}"]
+    assert [line["setting"] for line in table.records()] == settings
     assert table.records()[0]["shape"] == "M=4 d=8"
-    assert (turned, KNOB) == ([1, 3], 1)
+    before = {"a": 2, "b": 3}
+    assert turned == [(1, before), (3, before), (1, before), (1, {"a": 2, "b": 5})]
+    after = (KNOB, KNOBS)
+    assert after == (1, before)
 
 
 KNOB = 1
+KNOBS = {"a": 2, "b": 3}
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_every_knob_is_a_constant_of_its_kernel_and_its_value_is_among_those_tried(operator: Operator):
     for target, values in operator.knobs.items():
-        assert pkgutil.resolve_name(target) in values, target
+        now = pkgutil.resolve_name(target)
+        assert any(kernel_sweep.with_value(now, value) == now for value in values), target
 
 
 # --- Shapes.

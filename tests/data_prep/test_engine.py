@@ -118,13 +118,13 @@ def test_an_automatic_engine_is_inline_for_one_task_a_pool_for_few_and_dask_for_
         assert running.name == "this process"
     with engine.started(EngineConfig(num_workers=2), 9) as running:
         assert running.name == "2 processes"
-    with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 99) as running:
+    with engine.started(EngineConfig(num_workers=2, dashboard="127.0.0.1:0"), 600) as running:
         assert running.name.startswith("Dask, 2 workers, http://127.0.0.1:")
 
 
 def test_without_dask_a_pool_is_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "has_dask", lambda: False)
-    with engine.started(EngineConfig(num_workers=2), 99) as running:
+    with engine.started(EngineConfig(num_workers=2), 600) as running:
         assert running.name == "2 processes"
 
 

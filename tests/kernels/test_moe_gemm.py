@@ -157,7 +157,8 @@ def test_every_product_is_as_accurate_as_eager_torch(shape, dtype, device):
         assert_as_accurate(found.cpu(), eager.cpu(), truth)
 
 
-@on_each_device
+# Compiled, each shape would be kernels of its own.
+@pytest.mark.parametrize("device", DEVICES[:1])
 @given(
     tokens=st.integers(0, 20), experts=st.integers(1, 4), picks=st.integers(1, 2), hidden=st.integers(1, 40),
     width=st.integers(1, 40), seed=st.integers(0, 99),

@@ -29,7 +29,7 @@ def tables(config: ModelConfig, length: int, start: int = 0) -> tuple[Tensor, Te
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean() + LLAMA.norm_eps).sqrt() * weight
+    return x / (x.square().mean() + LLAMA.latent.norm_eps).sqrt() * weight
 
 
 def rotated(x: Tensor, position: int, config: ModelConfig) -> Tensor:
