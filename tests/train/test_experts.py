@@ -1,6 +1,7 @@
 """Mixtures of experts in the loop: on ranks, under accumulation and recomputation, over stops, in the records."""
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ from model.moe_config import MoEConfig
 from model.transformer import Transformer
 from model.upcycle import UpcycleError
 from resume import checkpoint
+from tests.lives import lived
 from tests.prepared import write_data
 from tests.processes import run_ranks
 from tests.runs import TINY, opened, tiny_run
 from train import loop, pretrain
 from train.config import RunConfig, with_values
-from train.exits import BAD_CONFIG
+from train.exits import BAD_CONFIG, DONE
 from train.experts import StepRouting
 
 MIXTURE = MoEConfig(num_experts=8, num_picked=2, expert_size=16, balance_weight=0.5, z_loss=0.1, bias_rate=0.05)
@@ -125,16 +127,15 @@ def tensors_of(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("balance", ["global", "switch"])
-def test_a_run_that_stopped_and_went_on_has_the_bits_of_one_that_did_not(data: Path, tmp_path: Path, balance: str):
+def test_a_run_that_was_killed_and_went_on_has_the_bits_of_one_that_was_not(data: Path, tmp_path: Path, balance: str):
     moe = {"balance": balance, "bias": "sign", "sampling": True}
     straight = mixture_run(data, tmp_path / "straight", moe)
-    assert pretrain.pretrain(straight) == 0
-    stopped = with_values(straight, run={"dir": str(tmp_path / "stopped"), "num_steps": 3})
-    stopped = with_values(stopped, optim={"schedule": "constant"})
-    straight = with_values(straight, run={"dir": str(tmp_path / "again")}, optim={"schedule": "constant"})
-    assert pretrain.pretrain(straight) == pretrain.pretrain(stopped) == 0
-    assert pretrain.pretrain(with_values(stopped, run={"num_steps": 6})) == 0
-    expected, found = tensors_of(tmp_path / "again"), tensors_of(tmp_path / "stopped")
+    assert lived(straight, 2).codes == [DONE] * 2
+    killed = with_values(straight, run={"dir": str(tmp_path / "killed")})
+    assert lived(with_values(killed, debug={"inject": ("kill:rank=1,step=5",)}), 2).codes[1] == -signal.SIGKILL
+    assert checkpoint.steps(tmp_path / "killed") == [3]
+    assert lived(killed, 2).codes == [DONE] * 2
+    expected, found = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "killed")
     assert expected["blocks.1.moe.routers.0.bias"].abs().max() > 0
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
