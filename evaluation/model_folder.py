@@ -74,8 +74,10 @@ def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | N
 
 
 def _stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Routers stay in fp32: rounded scores would pick other experts than in training."""
-    return torch.promote_types(dtype, torch.float32) if ".routers." in name else dtype
+    """Routers stay in fp32, as rounded scores would pick other experts than in training, and their buffers always."""
+    if ".routers." not in name:
+        return dtype
+    return torch.promote_types(dtype, torch.float32) if name.endswith(".weight") else torch.float32
 
 
 def read_model(path: str | Path) -> StoredModel:

@@ -43,9 +43,8 @@ def write_report(run: Path) -> Path:
         raise ValueError(f"{run}/metrics.jsonl has no trained step; nothing to report")
     draw_loss(run / "loss.png", steps, validations)
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-    if any("load" in record.get("experts", {}) for record in steps):
-        layers = from_table(config["model"], ModelConfig, "model").expert_layers
-        draw_loads(run / "experts.png", steps, layers)
+    if any(_has_loads(record) for record in steps):
+        draw_loads(run / "experts.png", steps)
     lines = _lines(run, config, steps, validations, num_skipped=len(logged) - len(steps))
     report = run / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -83,13 +82,19 @@ def draw_loss(path: Path, steps: Sequence[dict[str, Any]], validations: Sequence
     figure.savefig(path, dpi=120)
 
 
-def draw_loads(path: Path, steps: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
-    """Draws, of these layers, which are those with experts, every expert's load over the steps."""
+def _has_loads(record: dict[str, Any]) -> bool:
+    return "load" in record.get("experts", {})
+
+
+def draw_loads(path: Path, steps: Sequence[dict[str, Any]]) -> None:
+    """Draws, of each layer with experts, every expert's load over the steps that have it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    known = [(record["step"], record["experts"]["load"]) for record in steps if "load" in record.get("experts", {})]
-    num_experts = len(known[0][1][0])
+    known = [record for record in steps if _has_loads(record)]
+    layers, num_experts = known[0]["experts"]["layers"], len(known[0]["experts"]["load"][0])
+    # Each is drawn up to the next one, the last as wide as a step.
+    edges = [record["step"] for record in known] + [known[-1]["step"] + 1]
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.6), layout="constrained")
@@ -99,10 +104,11 @@ def draw_loads(path: Path, steps: Sequence[dict[str, Any]], layers: Sequence[int
     for axes in grid.flat[len(layers) :]:
         axes.set_axis_off()
     for index, (layer, axes) in enumerate(zip(layers, grid.flat, strict=False)):
-        loads = [[num_experts * load[index][expert] for _, load in known] for expert in range(num_experts)]
-        extent = (known[0][0], known[-1][0] + 1, num_experts - 0.5, -0.5)
-        image = axes.imshow(loads, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest")
+        loads = [[num_experts * r["experts"]["load"][index][e] for r in known] for e in range(num_experts)]
+        places = [e - 0.5 for e in range(num_experts + 1)]
+        image = axes.pcolormesh(edges, places, loads, cmap="RdBu_r", vmin=0, vmax=2)
         axes.set_title(f"layer {layer}", fontsize=9)
+    grid.flat[0].invert_yaxis()  # of all, as they share it
     figure.supxlabel("step")
     figure.supylabel("expert")
     assert image is not None  # there is at least one layer
@@ -110,21 +116,20 @@ def draw_loads(path: Path, steps: Sequence[dict[str, Any]], layers: Sequence[int
     figure.savefig(path, dpi=120)
 
 
-def _expert_lines(steps: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[str]:
+def _expert_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
     """The experts of a mixture at the last step, by layer with experts."""
     experts = steps[-1].get("experts")
     if experts is None:
         return []
-    columns = [experts[name] for name in ("max_violation", "dead", "would_drop", "entropy")]
+    columns = [experts[name] for name in ("layers", "max_violation", "dead", "would_drop", "entropy")]
     rows = [
         f"| {layer} | {violation:.3f} | {dead} | {drop:.2%} | {entropy:.3f} |"
-        for layer, violation, dead, drop, entropy in zip(layers, *columns, strict=True)
+        for layer, violation, dead, drop, entropy in zip(*columns, strict=True)
     ]
     return [
         "## Experts",
         "",
-        "![load of the experts](experts.png)",
-        "",
+        *(["![load of the experts](experts.png)", ""] if any(_has_loads(record) for record in steps) else []),
         "At the last step, of each layer with experts: the busiest expert's load over the mean, less one (MaxVio); "
         "experts without a token; picks that a capacity of 1.25 times the mean load would drop; entropy of the "
         "router's scores in nats.",
@@ -183,7 +188,7 @@ def _lines(
         "| ---: | ---: | ---: | ---: |",
         *held_out,
         "",
-        *_expert_lines(steps, model.expert_layers),
+        *_expert_lines(steps),
         "The config is in config.toml, every step in metrics.jsonl, curves in tensorboard/.",
     ]
 

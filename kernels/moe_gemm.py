@@ -134,14 +134,12 @@ def hidden_gradient(
     return dh_R2F, wa_RF, dweights_R.index_select(0, dispatch.rows.view(-1)).view_as(weights_MJ)
 
 
-def weight_gradient(
-    left: Tensor, right: Tensor, dispatch: Dispatch, *, gathers_left: bool = False, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, dispatch: Dispatch, *, gathers_left: bool = False) -> Tensor:
     """sum over an expert's rows r of left[r] right[r]^T as (E, P, Q); one side is (R, P or Q), the other, right or with
     `gathers_left` left, (M, Q or P): its row is that of r's token."""
     left, right = rows_of(left), rows_of(right)
     num_experts, (height, width) = dispatch.offsets.numel() - 1, (left.shape[1], right.shape[1])
-    gradient = left.new_empty(num_experts, height, width, dtype=out_dtype)
+    gradient = left.new_empty(num_experts, height, width)
     tile = _WEIGHTS[left.element_size()]
     rows, columns = _fit(tile.rows, height), _fit(_widest(tile, left), width)
     row_tiles, column_tiles = -(-height // rows), -(-width // columns)
@@ -188,14 +186,12 @@ def hidden_gradient_reference(
     return dh_R2F, (weights_R1 * a_RF).to(h_R2F.dtype), (t_RF * a_RF).sum(dim=1)[dispatch.rows]
 
 
-def weight_gradient_reference(
-    left: Tensor, right: Tensor, dispatch: Dispatch, *, gathers_left: bool = False, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def weight_gradient_reference(left: Tensor, right: Tensor, dispatch: Dispatch, *, gathers_left: bool = False) -> Tensor:
     """The same function in plain torch: the specification."""
     tokens_R = _tokens(dispatch)
     left, right = (left[tokens_R], right) if gathers_left else (left, right[tokens_R])
     sizes = rows_per_expert(dispatch)
-    return torch.stack([a.T @ b for a, b in zip(left.split(sizes), right.split(sizes))]).to(out_dtype or left.dtype)
+    return torch.stack([a.T @ b for a, b in zip(left.split(sizes), right.split(sizes))])
 
 
 def rows_per_expert(dispatch: Dispatch) -> list[int]:

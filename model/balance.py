@@ -105,10 +105,16 @@ def set_load(model: nn.Module, counts_LCE: Tensor) -> None:
 
 
 def _routers_with(model: nn.Module, counts_LCE: Tensor) -> list[tuple[Router, Tensor]]:
+    """The routers that go by counts, each with its own."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     counts = counts_LCE.flatten(0, 1)
     assert len(routers) == len(counts), f"{len(routers)} routers, counts of {tuple(counts_LCE.shape)}"
-    return [(router, counts_E.to(router.weight.device)) for router, counts_E in zip(routers, counts)]
+    if all(router.bias is None and router.load is None for router in routers):
+        return []
+    device = routers[0].weight.device
+    if device.type == "cuda" and not counts.is_cuda:
+        counts = counts.pin_memory()  # a copy from other memory would wait for all that the device has to do
+    return list(zip(routers, counts.to(device, non_blocking=True)))
 
 
 # --- Figures of load.
@@ -122,10 +128,6 @@ class LayerLoad:
     """The most loaded expert's picks over the mean, less one; of the worst link of a chain."""
     dead: int
     """Experts that no link picked."""
-    share_max: float
-    """The largest share of all picks that one expert got."""
-    share_min: float
-    """The smallest one."""
     would_drop: float
     """Share of the picks beyond a capacity of 1.25 times the mean, which a trainer with fixed capacities would drop."""
 
@@ -139,7 +141,7 @@ def _layer_load(counts_CE: list[list[int]], capacity_factor: float = 1.25) -> La
     totals = [sum(counts_E) for counts_E in zip(*counts_CE)]
     num_picks = sum(totals)
     if not num_picks:
-        return LayerLoad(0.0, 0, 0.0, 0.0, 0.0)
+        return LayerLoad(0.0, 0, 0.0)
     violations, num_dropped = [0.0], 0
     for counts_E in counts_CE:
         mean = sum(counts_E) / len(counts_E)
@@ -149,7 +151,5 @@ def _layer_load(counts_CE: list[list[int]], capacity_factor: float = 1.25) -> La
     return LayerLoad(
         max_violation=max(violations),
         dead=totals.count(0),
-        share_max=max(totals) / num_picks,
-        share_min=min(totals) / num_picks,
         would_drop=num_dropped / num_picks,
     )

@@ -129,6 +129,16 @@ class ModelConfig:
             raise ModelConfigError(f'model.window_pattern = "{self.window_pattern}": expected a string of S and L')
         if self.is_latent:
             self._check_latent()
+        if self.moe.num_experts and not self.expert_layers:
+            raise ModelConfigError(
+                f"model.moe.first_dense_layers = {self.moe.first_dense_layers} of model.num_layers = "
+                f"{self.num_layers}: no layer has experts; lower it, or set model.moe.num_experts to 0"
+            )
+        if self.expert_layers and self.moe.chain_residual == "inner" and self.norms != "pre":
+            raise ModelConfigError(
+                f'model.norms = "{self.norms}" with model.moe.chain_residual = "inner": what takes the place of the '
+                'stream is not normalised; choose "pre", or another residual'
+            )
 
     def _check_latent(self) -> None:
         if self.qkv_bias or self.qk_norm != "none" or self.num_kv_heads != self.num_heads:

@@ -36,7 +36,8 @@ class MoEConfig:
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """What makes router logits into scores: over all experts, or each by itself (DeepSeek-V3)."""
     renormalise: bool = True
-    """Whether the picked scores are divided by their sum (Mixtral, Qwen3-MoE, DeepSeek-V3; not OLMoE, Qwen2-MoE)."""
+    """Whether the picked scores are divided by their sum (Mixtral, Qwen3-MoE, DeepSeek-V3; not OLMoE, Qwen2-MoE). With
+    num_picked = 1 the weight is then always 1, and the loss teaches the router nothing."""
     route_scale: float = 1.0
     """What the weights of the picked experts are multiplied by (DeepSeek-V3: 2.5)."""
     temperature: float = 1.0
@@ -59,9 +60,9 @@ class MoEConfig:
     """Auxiliary loss on the load, by the counts of each sequence; of the whole step, which costs a forward pass more;
     or of the whole step before, which costs nothing."""
     balance_weight: float = 1e-2
-    """Weight of the auxiliary loss in the training loss, per layer."""
+    """Weight of the auxiliary loss in the training loss, per layer and pass of a chain."""
     z_loss: float = 0.0
-    """Weight of the router's mean logsumexp(logits)^2 in the training loss, per layer; ST-MoE has 1e-3."""
+    """Weight of the router's mean logsumexp(logits)^2 in the training loss, per layer and pass; ST-MoE has 1e-3."""
     bias: Literal["none", "sign", "proportional"] = "none"
     """Balancing without a loss (DeepSeek-V3): after each step a bias on the scores, which only picks, moves towards
     equal load; by bias_rate, or by bias_rate times the relative error."""
@@ -82,8 +83,32 @@ class MoEConfig:
         for key in ("shared_size", "first_dense_layers", "balance_weight", "z_loss"):
             if getattr(self, key) < 0:
                 raise ModelConfigError(f"model.moe.{key} = {getattr(self, key)}: must not be negative")
-        if self.num_experts:
+        if not self.num_experts:
+            self._check_dense()
+        elif self.kind == "picked":
             self._check_picks()
+        else:
+            self._check_soft()
+        if self.shared_gate and not self.shared_size:
+            raise ModelConfigError("model.moe.shared_gate is set without model.moe.shared_size")
+
+    def _check_dense(self) -> None:
+        """What would be meant for experts that are not there."""
+        set_keys = [key for key in ("shared_size", "sampling", "z_loss") if getattr(self, key)]
+        set_keys += [key for key in ("balance", "bias") if getattr(self, key) != "none"]
+        if set_keys:
+            raise ModelConfigError(
+                f"model.moe.{set_keys[0]} = {getattr(self, set_keys[0])!r} without experts; set model.moe.num_experts"
+            )
+
+    def _check_soft(self) -> None:
+        for key in ("balance", "bias"):
+            if getattr(self, key) != "none":
+                raise ModelConfigError(
+                    f'model.moe.{key} = "{getattr(self, key)}": a chunk_soft layer has no picks to balance'
+                )
+        if self.z_loss or self.sampling or self.chain_length > 1 or self.num_groups > 1:
+            raise ModelConfigError('model.moe: z_loss, sampling, chains and groups are for kind = "picked"')
 
     def _check_picks(self) -> None:
         if self.num_experts % self.num_groups:
@@ -103,13 +128,3 @@ class MoEConfig:
             )
         if self.num_groups > 1 and self.group_score == "top2" and group_size < 2:
             raise ModelConfigError('model.moe.group_score = "top2" needs groups of at least two experts')
-        if self.shared_gate and not self.shared_size:
-            raise ModelConfigError("model.moe.shared_gate is set without model.moe.shared_size")
-        if self.kind == "chunk_soft":
-            for key in ("balance", "bias"):
-                if getattr(self, key) != "none":
-                    raise ModelConfigError(
-                        f'model.moe.{key} = "{getattr(self, key)}": a chunk_soft layer has no picks to balance'
-                    )
-            if self.z_loss or self.sampling or self.chain_length > 1 or self.num_groups > 1:
-                raise ModelConfigError('model.moe: z_loss, sampling, chains and groups are for kind = "picked"')

@@ -64,7 +64,7 @@ def _check(config: ModelConfig, moe: MoEConfig) -> None:
     if config.ffn != "swiglu":
         raise UpcycleError(f'model.ffn = "{config.ffn}": experts are SwiGLU networks, and so must the dense ones be')
     if not dataclasses.replace(config, moe=moe).expert_layers:
-        raise UpcycleError("model.moe: no layer would have experts; set num_experts, lower first_dense_layers")
+        raise UpcycleError("model.moe: no layer would have experts; set num_experts")
     if moe.kind != "picked" or moe.chain_length > 1 or moe.chain_residual != "outer":
         raise UpcycleError(
             "model.moe: soft experts and chains never equal a dense network of one pass; upcycle to "

@@ -185,6 +185,8 @@ def _initial_values(config: RunConfig, resuming: bool) -> WholeValue:
         imported, tensors = upcycle(imported, tensors, config.model.moe, seed=config.run.seed, sigma=noise)
     shape_keys = [key for key in keys(ModelConfig) if key not in TRAINING_KEYS]
     differing = [key for key in shape_keys if value_of(imported, key) != value_of(config.model, key)]
+    if "moe.bias" in differing and config.model.moe.bias != "none":
+        differing.remove("moe.bias")  # one starts at zero, or goes on by another rule
     if differing:
         wanted = " ".join(f"--model.{key.replace('_', '-')} {value_of(imported, key)}" for key in differing)
         raise ConfigError(f"{config.run.init_from} holds another model than [model] describes; set {wanted}")

@@ -56,6 +56,9 @@ CHANGEABLE_ON_RESUME = (
 )
 
 
+# Keys that decide which tensors a checkpoint has; a change may be allowed where it needs no other ones.
+_CHANGE_TENSORS = ("model.moe.balance", "model.moe.bias")
+
 # Keys that define the order of samples: no checkpoint can be continued under other values. (A sequence length may
 # change, if allowed, where nothing is lost by it; a mixture changes by `python -m resume reweight`.)
 _FIXED_FOR_A_RUN = (
@@ -359,7 +362,7 @@ def refuse_changes(config: RunConfig, stored: RunConfig) -> None:
     if differing:
         both = [f"{n} = {value_of(config, n)!r}, the checkpoint has {value_of(stored, n)!r}" for n in differing]
         remedy = "Restore the values or start a new run with another --run.dir"
-        if not set(differing) & set(_FIXED_FOR_A_RUN):
+        if not set(differing) & {*_FIXED_FOR_A_RUN, *_CHANGE_TENSORS}:
             remedy += f", or accept the change with --run.allow-changes {' '.join(differing)}"
         raise ConfigError(f"the config differs from the checkpoint's: {'; '.join(both)}. {remedy}")
 

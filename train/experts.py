@@ -57,17 +57,18 @@ def keeps_books(config: ModelConfig) -> bool:
 
 
 def expert_record(model: nn.Module, config: ModelConfig, routing: StepRouting, *, with_loads: bool) -> dict[str, Any]:
-    """What metrics.jsonl says of the experts in a step, each list by layer.
+    """What metrics.jsonl says of the experts in a step, each list by layer with experts.
 
-    penalty: what balance and z-loss add to the loss. max_violation: the busiest expert's load over the mean, less one.
-    dead: experts without a token. would_drop: share of picks beyond 1.25 times the mean load, which a layer of fixed
-    capacity would drop. entropy: of the router's scores, in nats. z: mean of logsumexp(logits)^2. bias_range: lowest
-    and highest balancing bias. load: each expert's share of the layer's picks.
+    layers: which those are. penalty: what balance and z-loss add to the loss. max_violation: the busiest expert's load
+    over the mean, less one. dead: experts without a token. would_drop: share of picks beyond 1.25 times the mean load,
+    which a layer of fixed capacity would drop. entropy: of the router's scores, in nats. z: mean of
+    logsumexp(logits)^2. bias_range: lowest and highest balancing bias. load: each expert's share of the layer's picks.
     """
     moe = config.moe
     num_tokens = max(1, int(routing.counts[0, 0].sum()) // moe.num_picked)
     loads = load_statistics(routing.counts)
     record: dict[str, Any] = {
+        "layers": list(config.expert_layers),
         "penalty": routing.penalty_sum.item() / num_tokens,
         "max_violation": [round(load.max_violation, 4) for load in loads],
         "dead": [load.dead for load in loads],

@@ -128,12 +128,12 @@ class RunLog:
         """One curve for each layer; of loads, histograms over the experts."""
         self._board.add_scalar("experts/penalty", experts["penalty"], step)
         for name in ("max_violation", "dead", "would_drop", "entropy", "z"):
-            for layer, value in enumerate(experts[name]):
+            for layer, value in zip(experts["layers"], experts[name], strict=True):
                 self._board.add_scalar(f"experts/{name}/{layer:02}", value, step)
-        for layer, (lowest, highest) in enumerate(experts.get("bias_range", ())):
+        for layer, (lowest, highest) in zip(experts["layers"], experts.get("bias_range", ()), strict=False):
             self._board.add_scalar(f"experts/bias_lowest/{layer:02}", lowest, step)
             self._board.add_scalar(f"experts/bias_highest/{layer:02}", highest, step)
-        for layer, shares in enumerate(experts.get("load", ())):
+        for layer, shares in zip(experts["layers"], experts.get("load", ()), strict=False):
             self._board.add_histogram(f"experts/load/{layer:02}", np.asarray(shares), step)
 
     def _write(self, record: dict[str, Any]) -> None:

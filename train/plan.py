@@ -40,7 +40,12 @@ class Memory:
 
 
 def activation_bytes_per_token(
-    model: ModelConfig, compute_bytes: int, *, recompute: Literal["nothing", "cheap", "blocks"], fused: bool
+    model: ModelConfig,
+    sequence_length: int,
+    compute_bytes: int,
+    *,
+    recompute: Literal["nothing", "cheap", "blocks"],
+    fused: bool,
 ) -> int:
     """Bytes that the forward keeps for the backward, per token of the micro-batch, logits apart.
 
@@ -53,15 +58,24 @@ def activation_bytes_per_token(
     d = model.hidden_size
     norm = 2 * d if fused else 3 * d
     attention, attention_products = _attention_elements(model, fused)
-    log_sum_exp_bytes = 4 * model.num_heads
+    inside_bytes = 4 * model.num_heads + model.num_heads * sequence_length * _score_bytes(model, compute_bytes, fused)
     kept_bytes, largest_block_bytes = 0, 0
     for layer in range(model.num_layers):
         ffn, ffn_products, ffn_input = _ffn_elements(model, layer, fused)
-        block = (2 * norm + attention + ffn) * compute_bytes + log_sum_exp_bytes
-        products = (2 * d + attention_products + ffn_products) * compute_bytes + log_sum_exp_bytes
+        block = (2 * norm + attention + ffn) * compute_bytes + inside_bytes
+        products = (2 * d + attention_products + ffn_products) * compute_bytes + inside_bytes
         kept_bytes += {"nothing": block, "cheap": products, "blocks": (d + ffn_input) * compute_bytes}[recompute]
         largest_block_bytes = max(largest_block_bytes, block)
     return kept_bytes + (largest_block_bytes if recompute != "nothing" else 0) + norm * compute_bytes
+
+
+def _score_bytes(model: ModelConfig, compute_bytes: int, fused: bool) -> int:
+    """Bytes that attention keeps of each score of a query and a key: none, unless they are held whole."""
+    if model.attention_softcap is not None:
+        return 2 * max(4, compute_bytes)  # of tanh, and of the softmax
+    if model.is_latent and not fused and model.latent.value_size != model.head_size + model.latent.rope_size:
+        return compute_bytes  # torch's fused attention for CPUs wants equal widths
+    return 0
 
 
 def _attention_elements(model: ModelConfig, fused: bool) -> tuple[int, int]:
@@ -73,8 +87,11 @@ def _attention_elements(model: ModelConfig, fused: bool) -> tuple[int, int]:
     if model.is_latent:
         latent = model.latent
         small = latent.kv_rank + latent.query_rank
-        heads = model.num_heads * (2 * (model.head_size + latent.rope_size) + 2 * latent.value_size)
-        return heads + 2 * small + 2 * latent.rope_size, heads + small
+        # Queries, keys, the matrix that values are a part of, and the output; unfused also what RoPE is given.
+        width = model.head_size + latent.rope_size
+        heads = model.num_heads * (2 * width + model.head_size + 2 * latent.value_size)
+        inside = 0 if fused else model.num_heads * width
+        return heads + inside + 2 * small + 2 * latent.rope_size, heads + small
     q, kv = model.query_size, model.kv_size
     products = q + 2 * kv + q
     inside = (0 if fused else q + kv) + (q + kv if model.qk_norm != "none" else 0)
@@ -93,7 +110,9 @@ def _ffn_elements(model: ModelConfig, layer: int, fused: bool) -> tuple[int, int
     # In torch's operators also the permuted inputs and outputs, silu(gate), and the product.
     routed = passes * (2 * moe.expert_size + (0 if fused else 2 * moe.expert_size + 2 * d)) + 4 * moe.num_experts
     dense = (3 if fused else 4) * shared
-    return moe.chain_length * (routed + dense), moe.chain_length * (routed + 2 * shared), moe.chain_length * d
+    # Experts are never computed again in part, and what routers say stays in fp32.
+    kept_by_router = d + 8 * moe.num_experts if moe.kind == "picked" else 0
+    return moe.chain_length * (routed + dense), moe.chain_length * (routed + dense), moe.chain_length * kept_by_router
 
 
 def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Memory:
@@ -119,6 +138,7 @@ def estimate_memory(config: RunConfig, device_type: str, world_size: int) -> Mem
     tokens = config.data.micro_batch_sequences * config.data.sequence_length
     per_token = activation_bytes_per_token(
         config.model,
+        config.data.sequence_length,
         compute_bytes,
         recompute=config.parallel.recompute,
         fused=device_type == "cuda",

@@ -271,18 +271,18 @@ def test_the_bias_balances_a_skewed_router(kind, rate, num_steps):
 def test_figures_of_a_load_known_by_hand():
     counts = torch.tensor([[[10, 10, 10, 10]], [[40, 0, 0, 0]], [[15, 13, 12, 0]], [[0, 0, 0, 0]]])
     assert load_statistics(counts) == [
-        LayerLoad(max_violation=0.0, dead=0, share_max=0.25, share_min=0.25, would_drop=0.0),
+        LayerLoad(max_violation=0.0, dead=0, would_drop=0.0),
         # A capacity of ceil(1.25 * 10) = 13.
-        LayerLoad(max_violation=3.0, dead=3, share_max=1.0, share_min=0.0, would_drop=27 / 40),
-        LayerLoad(max_violation=0.5, dead=1, share_max=15 / 40, share_min=0.0, would_drop=2 / 40),
-        LayerLoad(max_violation=0.0, dead=0, share_max=0.0, share_min=0.0, would_drop=0.0),
+        LayerLoad(max_violation=3.0, dead=3, would_drop=27 / 40),
+        LayerLoad(max_violation=0.5, dead=1, would_drop=2 / 40),
+        LayerLoad(max_violation=0.0, dead=0, would_drop=0.0),
     ]
 
 
 def test_a_chain_is_judged_by_its_worst_link():
     # Together the links load all experts alike, and yet each pass waits for one expert.
     (load,) = load_statistics(torch.tensor([[[20, 0], [0, 20]]]))
-    assert load == LayerLoad(max_violation=1.0, dead=0, share_max=0.5, share_min=0.5, would_drop=14 / 40)
+    assert load == LayerLoad(max_violation=1.0, dead=0, would_drop=14 / 40)
 
 
 def test_the_default_moe_presets_build_and_count():

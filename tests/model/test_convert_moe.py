@@ -244,7 +244,6 @@ def test_a_mixture_that_none_of_theirs_has_is_refused_with_what_the_nearest_has(
         (MIXTRAL, {"ffn_size": 7}),
         (QWEN2, {"first_dense_layers": 2, "num_layers": 5}),
         (DEEPSEEK, {"layer_every": 5}),
-        (dataclasses.replace(DEEPSEEK, moe=MoEConfig(num_experts=4, expert_size=8, first_dense_layers=2)), {}),
     ],
     ids=str,
 )
@@ -253,11 +252,7 @@ def test_keys_that_make_no_difference_are_no_reason_to_refuse(config, changes):
     assert hugging_face_config(config, eos_id=None, dtype="fp32")["vocab_size"] == config.vocab_size
 
 
-def test_a_dense_model_whose_experts_would_be_above_its_layers_has_none():
-    config = changed(QWEN3, first_dense_layers=2)
-    table = hugging_face_config(config, eos_id=None, dtype="fp32")
-    assert table["model_type"] == "qwen3"
-    assert config_from_hugging_face(table).moe == MoEConfig()
+def test_a_mixture_whose_layers_are_all_dense_has_no_experts():
     table = their_table(QWEN3, mlp_only_layers=[0, 1])
     assert config_from_hugging_face(table).moe == MoEConfig()
 

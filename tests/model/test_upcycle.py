@@ -109,7 +109,6 @@ def test_noise_parts_experts_and_is_drawn_by_seed_and_name():
         (LLAMA, COPIES | {"chain_residual": "inner"}, 'chain_residual = "outer"'),
         (LLAMA, COPIES | {"kind": "chunk_soft"}, "never equal a dense network"),
         (LLAMA, {}, "no layer would have experts"),
-        (LLAMA, COPIES | {"first_dense_layers": 9}, "no layer would have experts"),
         (VARIANTS["senet"], COPIES, 'model.ffn = "senet"'),
         (VARIANTS["gemma2"], COPIES, 'model.ffn = "geglu"'),
         (MOE_VARIANTS["mixtral"], COPIES, "has experts already"),

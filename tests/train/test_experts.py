@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from evaluation.report import read_metrics, write_report
 from model.balance import apply_counts, set_load
@@ -116,8 +116,34 @@ def test_more_ranks_than_experts_cut_inside_the_experts(data: Path, tmp_path: Pa
     moe = {"num_experts": 2, "num_picked": 1, "balance": "sequence"}
     config = mixture_run(data, tmp_path / "run", moe, parallel={"precision": "fp64"}, data={"micro_batch_sequences": 3})
     expected = first_gradients(with_values(config, run={"dir": str(tmp_path / "alone")}))
+
+    def is_cut_inside(_: int) -> bool:
+        with opened(config) as (trainer, _):
+            parameters = dict(trainer.model.named_parameters())
+            stacks = [parameters[f"blocks.0.moe.experts.{name}"] for name in ("gate_up", "down")]
+            return all(isinstance(stack, DTensor) and stack.placements == (Shard(1),) for stack in stacks)
+
+    assert all(run_ranks(is_cut_inside, 4, tmp_path))
     for found in run_ranks(lambda _: first_gradients(config), 4, tmp_path):
         assert_equal_to(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"kind": "chunk_soft", "chunk_size": 8, "z_loss": 0.0, "shared_size": 8},
+        {"chain_length": 2, "chain_residual": "inner", "balance": "sequence", "first_dense_layers": 1},
+        {"chain_length": 2, "balance": "switch", "sampling": True, "num_groups": 4, "num_picked_groups": 2},
+    ],
+    ids=str,
+)
+def test_every_kind_of_mixture_trains(data: Path, tmp_path: Path, moe: dict[str, Any]):
+    config = mixture_run(data, tmp_path / "run", moe, parallel={"recompute": "blocks"}, optim={"max_grad_norm": 1.0})
+    assert pretrain.pretrain(config) == 0
+    losses = [r["validation_loss"] for r in read_metrics(tmp_path / "run") if "validation_loss" in r]
+    assert losses[-1] < losses[0] - 0.1
+    layers = [r["experts"]["layers"] for r in read_metrics(tmp_path / "run") if "experts" in r]
+    assert layers == ([] if config.model.moe.kind == "chunk_soft" else [list(config.model.expert_layers)] * 6)
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from data_prep.config_file import ConfigError
 from kernels.cross_entropy import cross_entropy_sum
-from model.config import ModelConfig
+from model.config import LatentConfig, ModelConfig
+from model.moe_config import MoEConfig
 from model.transformer import Transformer, logits
 from tests.runs import tiny_run
 from train import plan, pretrain
@@ -49,6 +50,30 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(qk_norm: Literal["no
     memory = plan.estimate_memory(run, "cpu", 1)
     log_softmax = batch * length * 500 * 4
     assert found == pytest.approx(memory.activations + log_softmax, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe": MoEConfig(num_experts=8, num_picked=2, expert_size=96, shared_size=64)},
+        {"attention_softcap": 30.0},
+        {"num_kv_heads": 8, "latent": LatentConfig(kv_rank=64, query_rank=48, rope_size=8, value_size=16)},
+    ],
+    ids=str,
+)
+def test_the_estimate_is_close_for_other_kinds_of_layers(changes: dict[str, Any]):
+    config = ModelConfig(
+        vocab_size=500, hidden_size=128, num_layers=4, num_heads=8, num_kv_heads=2, head_size=16, ffn_size=352,
+    )  # fmt: skip
+    config = dataclasses.replace(config, **changes)
+    batch, length = 2, 128
+    run = with_values(
+        RunConfig(model=config),
+        data={"sequence_length": length, "micro_batch_sequences": batch, "batch_sequences": batch},
+    )
+    found = saved_bytes(Transformer(config), batch, length)
+    estimate = plan.estimate_memory(run, "cpu", 1).activations + batch * length * 500 * 4
+    assert found == pytest.approx(estimate, rel=0.1)
 
 
 def test_memory_per_device_falls_with_the_number_of_devices():
