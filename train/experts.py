@@ -62,7 +62,8 @@ def expert_record(model: nn.Module, config: ModelConfig, routing: StepRouting, *
     layers: which those are. penalty: what balance and z-loss add to the loss. max_violation: the busiest expert's load
     over the mean, less one. dead: experts without a token. would_drop: share of picks beyond 1.25 times the mean load,
     which a layer of fixed capacity would drop. entropy: of the router's scores, in nats. z: mean of
-    logsumexp(logits)^2. bias_range: lowest and highest balancing bias. load: each expert's share of the layer's picks.
+    logsumexp(logits)^2. And, `with_loads`, bias_range: lowest and highest balancing bias; load: each expert's share of
+    the layer's picks.
     """
     moe = config.moe
     num_tokens = max(1, int(routing.counts[0, 0].sum()) // moe.num_picked)
@@ -76,14 +77,14 @@ def expert_record(model: nn.Module, config: ModelConfig, routing: StepRouting, *
         "entropy": _rounded(routing.entropy_sums / (num_tokens * moe.chain_length)),
         "z": _rounded(routing.z_sums / (num_tokens * moe.chain_length)),
     }
-    if moe.bias != "none":
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        biases = torch.stack([router.bias for router in routers if router.bias is not None])
-        biases = biases.unflatten(0, (-1, moe.chain_length)).flatten(1)
-        record["bias_range"] = [_rounded(ends) for ends in torch.stack(biases.aminmax(dim=1), dim=1)]
     if with_loads:
         counts_LE = routing.counts.sum(dim=1)
         record["load"] = [_rounded(shares) for shares in counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)]
+        if moe.bias != "none":  # on the device, which this waits for
+            routers = [module for module in model.modules() if isinstance(module, Router)]
+            biases = torch.stack([router.bias for router in routers if router.bias is not None])
+            biases = biases.unflatten(0, (-1, moe.chain_length)).flatten(1)
+            record["bias_range"] = [_rounded(ends) for ends in torch.stack(biases.aminmax(dim=1), dim=1)]
     return record
 
 
