@@ -11,7 +11,7 @@ from tests.data_prep.tokenizing.test_encoders import CORPUS, KINDS, by, byte_lev
 
 LATIN = ["The quick brown fox isn't lazy; the Café is naïve.\n\tx = 12345\n" * 5]
 CHINESE = "今天天气很好，我们去公园散步吧。"
-WITHOUT_BYTES = {"llama-2 without bytes", "unigram"}
+WITHOUT_BYTES = ["llama-2 without bytes", "unigram"]
 
 
 def without_unknown() -> Tokenizer:
