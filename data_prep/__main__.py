@@ -1,6 +1,8 @@
 """Prepares data and looks into it: `python -m data_prep COMMAND ...`; each COMMAND has its own --help.
 
 prepare            raw text to a data folder, or further text into one
+prepare-chat       conversations, pairs of answers or prompts to a data folder for fine-tuning
+show-mask          what of conversations is trained
 inspect            what a data folder holds, what became of a document, where a training sample came from
 checksums          the checksums of a data folder, made anew
 train-tokenizer    a tokenizer from text files
@@ -16,6 +18,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "prepare": "pipeline",
+    "prepare-chat": "chat.prepare_chat",
+    "show-mask": "chat.show_mask",
     "inspect": "looking.inspect_data",
     "checksums": "checksums",
     "train-tokenizer": "tokenizing.train_tokenizer",

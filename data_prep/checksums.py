@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep import publish
+from data_prep import command_line, publish
 from data_prep.document_starts import write_document_starts
 from data_prep.manifest import num_samples, read_manifest
 from data_prep.shards import HEADER_BYTES, check_payload, read_header
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         options = (tyro.conf.PositionalRequiredArgs,)
-        tyro.cli(make_checksums, args=argv, prog="python -m data_prep checksums", config=options)
+        command_line.read(make_checksums, argv, prog="python -m data_prep checksums", config=options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return os.EX_DATAERR

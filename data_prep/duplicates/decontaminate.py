@@ -112,7 +112,7 @@ class Decontaminator:
     def overlaps(self, texts: Sequence[str]) -> list[str | None]:
         """`overlap` of each text; many short texts at once are faster than one by one."""
         hits: list[str | None] = [None] * len(texts)
-        for owners, pieces in _batches(texts):
+        for owners, pieces in piece_batches(texts):
             for piece, file in self._hits(pieces):
                 if hits[owners[piece]] is None:
                     hits[owners[piece]] = f"contaminated:{self.names[file]}"
@@ -120,9 +120,9 @@ class Decontaminator:
 
     def _hits(self, pieces: Sequence[bytes]) -> list[tuple[int, int]]:
         """Piece and file of every hit, in the order of their places."""
-        tokens, owners = _tokens(pieces)
+        tokens, owners = piece_tokens(pieces)
         places: list[tuple[int, int, int]] = []
-        for length, runs in _runs(tokens, (self._ngram, *self._lengths)):
+        for length, runs in token_runs(tokens, (self._ngram, *self._lengths)):
             suspects = np.flatnonzero(self._may_hit[runs >> np.uint64(64 - _FILTER_BITS)])
             suspects = suspects[owners[suspects] == owners[suspects + length - 1]]
             at = np.minimum(np.searchsorted(self._hashes, runs[suspects]), len(self._hashes) - 1)
@@ -133,14 +133,14 @@ class Decontaminator:
     def _runs_of_items(self, items: Sequence[str]) -> Hashes:
         """The hashes of the runs of all items, each as often as there are items that have it."""
         found: list[Hashes] = [np.empty(0, dtype=np.uint64)]
-        for owners, pieces in _batches(items):
-            tokens, piece_of = _tokens(pieces)
-            for length, runs in _runs(tokens, (self._ngram,)):
+        for owners, pieces in piece_batches(items):
+            tokens, piece_of = piece_tokens(pieces)
+            for length, runs in token_runs(tokens, (self._ngram,)):
                 in_item = piece_of[: len(runs)] == piece_of[length - 1 :]
                 found.append(_once_per_item(np.array(owners)[piece_of[: len(runs)][in_item]], runs[in_item]))
             num_tokens = np.bincount(piece_of, minlength=len(pieces))
             first_tokens = np.cumsum(num_tokens) - num_tokens
-            for length, runs in _runs(tokens, self._lengths):
+            for length, runs in token_runs(tokens, self._lengths):
                 found.append(runs[first_tokens[num_tokens == length]])
         return np.concatenate(found)
 
@@ -162,7 +162,7 @@ def _without_boilerplate(found: Sequence[Hashes]) -> tuple[Hashes, NDArray[np.in
     return distinct[is_rare], files[first][is_rare]
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:
+def piece_batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:
     """Groups of texts in UTF-16, long ones in overlapping pieces, with the index of the text of each piece."""
     owners: list[int] = []
     pieces: list[bytes] = []
@@ -180,7 +180,7 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:
         yield owners, pieces
 
 
-def _tokens(pieces: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]:
+def piece_tokens(pieces: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]:
     """A hash of each token of the pieces, and the number of the piece that it is from."""
     units = np.frombuffer(b"\0\0".join(pieces) + b"\0\0", dtype="<u2")
     kinds = _KINDS[units]
@@ -199,7 +199,7 @@ def _tokens(pieces: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]:
     return hashes, np.searchsorted(ends, first, side="right")
 
 
-def _runs(tokens: Hashes, lengths: Sequence[int]) -> Iterator[tuple[int, Hashes]]:
+def token_runs(tokens: Hashes, lengths: Sequence[int]) -> Iterator[tuple[int, Hashes]]:
     """For each length the hashes of all runs of so many tokens."""
     for length in lengths:
         if len(tokens) < length:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import config_file, generations
+from data_prep.chat.chat_format import CHAT_FILE
 from data_prep.fingerprint import fingerprint
 from data_prep.generations import Generation
 from data_prep.looking import raw_text
@@ -57,6 +58,10 @@ class PreparedFolder:
     """A data folder that was prepared in one generation or in several."""
 
     def __init__(self, folder: Path) -> None:
+        if (folder / CHAT_FILE).is_file():
+            raise NotFoundError(
+                f"{folder} holds conversations; look at them with: python -m data_prep show-mask {folder}"
+            )
         self.folder = folder
         self.generations: list[Generation] = generations.read_generations(folder)
         if not self.generations:

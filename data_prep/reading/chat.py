@@ -1,25 +1,14 @@
-"""The turns of a conversation, and how they are written for a model: `<|im_start|>role\\n...<|im_end|>\\n`."""
+"""The turns of a conversation as raw files hold them, and how pretraining reads one: in the format chatml."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-ROLES = ("system", "user", "assistant", "tool")
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+from data_prep.chat.chat_format import FORMATS
+from data_prep.chat.turns import ROLES, Piece, Turn
 
+__all__ = ["ROLES", "TURN_END", "TURN_START", "Piece", "Turn", "pieces", "plain_text"]
 
-class Turn(NamedTuple):
-    """What one side of a conversation said."""
-
-    role: str
-    """One of ROLES."""
-    content: str
-
-
-class Piece(NamedTuple):
-    """A stretch of a written conversation: the name of one special token, or ordinary text."""
-
-    text: str
-    is_special: bool
+CHATML = FORMATS["chatml"]
+TURN_START, TURN_END = CHATML.specials
 
 
 def plain_text(turns: Sequence[Turn]) -> str:
@@ -32,8 +21,14 @@ def pieces(turns: Sequence[Turn]) -> Iterator[Piece]:
 
     They stay apart because a turn that spells `<|im_end|>` speaks about the token and does not end.
     """
-    for turn in turns:
-        yield Piece(TURN_START, True)
-        yield Piece(f"{turn.role}\n{turn.content}", False)
-        yield Piece(TURN_END, True)
-        yield Piece("\n", False)
+    text = ""
+    for part in CHATML.parts(turns):
+        if not part.is_special:
+            text += part.text
+            continue
+        if text:
+            yield Piece(text, False)
+        yield Piece(part.text, True)
+        text = ""
+    if text:
+        yield Piece(text, False)

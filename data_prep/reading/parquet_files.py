@@ -86,7 +86,7 @@ def rows(path: str, group: int, columns: list[str]) -> Iterator[dict[str, Any] |
 def _rows_of_batch(batch: Any) -> Iterable[dict[str, Any] | BadRecordError]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):
         return [_row(batch, index) for index in range(batch.num_rows)]
 
 
@@ -95,7 +95,7 @@ def _row(batch: Any, index: int) -> dict[str, Any] | BadRecordError:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return BadRecordError("invalid UTF-8")
-    except (ValueError, OverflowError):  # times beyond the years 1 to 9999, or to the nanosecond
+    except (ValueError, OverflowError, KeyError):  # times beyond the years 1 to 9999, to the nanosecond, of no zone
         return BadRecordError("a value that cannot be read")
 
 

@@ -182,7 +182,10 @@ def _tokenizer_file(path: Path) -> Path:
             return path / name
     models_found = sorted(path.glob("*.model"))
     if len(models_found) != 1:
-        raise TokenizerError(f"{path}: found neither tokenizer.json nor one .model file in the folder")
+        raise TokenizerError(
+            f"{path}: found neither tokenizer.json nor one .model file in the folder; name the folder of a model or of "
+            "prepared data, or the file itself"
+        )
     return models_found[0]
 
 

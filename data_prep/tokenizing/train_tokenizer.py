@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NoReturn
 import sentencepiece
 import tyro
 
-from data_prep import publish
+from data_prep import command_line, publish
 from data_prep.tokenizing.backends import MODEL_FILE, TokenizerError, load_backend
 from data_prep.tokenizing.tokenizer import NO_TEXT, Tokenizer, train_bpe
 
@@ -149,7 +149,7 @@ def train_tokenizer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; errors are one line on stderr and an exit code of sysexits.h."""
     try:
-        tyro.cli(train_tokenizer, args=argv, prog="python -m data_prep train-tokenizer", description=__doc__)
+        command_line.read(train_tokenizer, argv, prog="python -m data_prep train-tokenizer", description=__doc__)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return os.EX_DATAERR

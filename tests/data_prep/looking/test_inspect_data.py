@@ -405,7 +405,7 @@ def test_commands_lead_to_their_modules(example: Example, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert all(f"\n{command} " in shown for command in command_line.COMMANDS)
     assert command_line.main(["inspekt"]) == 64
-    assert "inspekt: no such command; there are prepare, inspect" in capsys.readouterr().err
+    assert "inspekt: no such command; there are prepare, prepare-chat, show-mask, inspect" in capsys.readouterr().err
 
 
 def test_the_configuration_says_how_files_are_read(example: Example):
