@@ -3,8 +3,8 @@
     o[t, h] = sum_s softmax_s(cap(scale q[t, h] . k[s, g(h)])) v[s, g(h)],   g(h) = floor(h G / H)
 
 over the keys s that t may see: s <= t (positions counted from the end, so that new queries continue a cache), with a
-window s > t - window, and, with document boundaries, s in t's own document. scale is 1 / sqrt(K) unless it is given;
-cap(z) = c tanh(z / c) where there is a soft cap c, else z.
+window s > t - window, with document boundaries s in t's own document, and none that is marked invisible. scale is
+1 / sqrt(K) unless it is given; cap(z) = c tanh(z / c) where there is a soft cap c, else z.
 
 Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (grouped queries); Beltagy et al. 2020 (windows); Dao 2023
 (flash-attn 2); Gemma Team, "Gemma 2", 2024 (soft caps).
@@ -61,14 +61,19 @@ class DocumentBoundaries:
         return DocumentBoundaries(self.ids_BT.pin_memory(), self.cumulative_lengths.pin_memory())
 
 
+def boundaries_from_starts(starts_BT: Tensor) -> DocumentBoundaries:
+    """Boundaries of documents that begin where `starts` (B, T) is true, as it is at the start of each row."""
+    starts = torch.nonzero(starts_BT.flatten()).flatten().to(torch.int32)
+    ends = torch.tensor([starts_BT.numel()], dtype=torch.int32, device=starts_BT.device)
+    return DocumentBoundaries(starts_BT.flatten().cumsum(0).view_as(starts_BT).int(), torch.cat((starts, ends)))
+
+
 def document_boundaries(tokens_BT: Tensor, eos_id: int) -> DocumentBoundaries:
     """Finds documents in packed rows: one starts at each row's start and after each EOS (which closes its document)."""
     starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     starts_BT[:, 0] = True
     starts_BT[:, 1:] = tokens_BT[:, :-1] == eos_id
-    starts = torch.nonzero(starts_BT.flatten()).flatten().to(torch.int32)
-    ends = torch.tensor([tokens_BT.numel()], dtype=torch.int32, device=tokens_BT.device)
-    return DocumentBoundaries(starts_BT.flatten().cumsum(0).view_as(starts_BT).int(), torch.cat((starts, ends)))
+    return boundaries_from_starts(starts_BT)
 
 
 @contextlib.contextmanager
@@ -109,11 +114,13 @@ def attention(
     v_BSGV: Tensor,
     boundaries: DocumentBoundaries | None = None,
     *,
+    visible_BS: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """Attends causally, inside documents when boundaries are given, to `window` tokens at most, its own included.
+    """Attends causally, inside documents when boundaries are given, to `window` tokens at most, its own included, and
+    only to keys that are visible, of which every query needs one.
 
     Raises:
         ValueError: head counts or lengths do not fit, boundaries are given with a cache (S > T), or window or soft_cap
@@ -125,9 +132,11 @@ def attention(
     is_half = q_BTHK.dtype in (torch.bfloat16, torch.float16)
     has_own_form = boundaries is not None or (window is not None and q_BTHK.shape[1] == k_BSGK.shape[1])
     can_flash = q_BTHK.is_cuda and is_half and soft_cap is None and v_BSGV.shape[-1] <= q_BTHK.shape[-1]
-    if has_own_form and can_flash and chosen("attention") not in ("efficient", "math"):
+    if has_own_form and can_flash and visible_BS is None and chosen("attention") not in ("efficient", "math"):
         return _by_document(q_BTHK, k_BSGK, v_BSGV, boundaries, window=window, scale=scale)
-    return attention_reference(q_BTHK, k_BSGK, v_BSGV, boundaries, window=window, scale=scale, soft_cap=soft_cap)
+    return attention_reference(
+        q_BTHK, k_BSGK, v_BSGV, boundaries, visible_BS=visible_BS, window=window, scale=scale, soft_cap=soft_cap
+    )
 
 
 def attention_reference(
@@ -136,15 +145,18 @@ def attention_reference(
     v_BSGV: Tensor,
     boundaries: DocumentBoundaries | None = None,
     *,
+    visible_BS: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
     """The same function by torch's scaled_dot_product_attention, which has no soft cap: the specification."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
-    mask = _mask(num_queries, num_keys, boundaries, window, q_BTHK.device)
+    mask = _mask(num_queries, num_keys, boundaries, window, q_BTHK.device, visible_BS)
     if soft_cap is not None:
         return _capped(q_BTHK, k_BSGK, v_BSGV, mask, scale or q_BTHK.shape[-1] ** -0.5, soft_cap)
+    if mask is not None and num_queries == 1:
+        return _one_query(q_BTHK, k_BSGK, v_BSGV, mask, scale)
     if mask is not None and q_BTHK.is_cuda:
         # Of CUDA's fused kernels only the memory-efficient one takes a mask, and it wants as many keys as queries.
         k_BSGK, v_BSGV = _for_every_query(q_BTHK, k_BSGK, v_BSGV)
@@ -168,21 +180,39 @@ def _is_installed(module: str) -> bool:
 
 
 def _mask(
-    num_queries: int, num_keys: int, boundaries: DocumentBoundaries | None, window: int | None, device: torch.device
+    num_queries: int,
+    num_keys: int,
+    boundaries: DocumentBoundaries | None,
+    window: int | None,
+    device: torch.device,
+    visible_BS: Tensor | None = None,
 ) -> Tensor | None:
     """True where a query may look; None where SDPA's own causal rule says the same."""
     if window is not None and window >= num_keys:
         window = None
-    if boundaries is None and window is None and num_queries in (1, num_keys):
+    if boundaries is None and window is None and visible_BS is None and num_queries in (1, num_keys):
         return None
     own = num_keys - num_queries  # column of the first query's own key
     allowed_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(own)
     if window is not None:
         allowed_TS = allowed_TS.triu(own - window + 1)
-    if boundaries is None:
+    if boundaries is None and visible_BS is None:
         return allowed_TS
-    same_document_BTT = boundaries.ids_BT[:, :, None] == boundaries.ids_BT[:, None, :]
-    return (allowed_TS & same_document_BTT)[:, None]
+    allowed_BTS = allowed_TS[None]
+    if boundaries is not None:
+        allowed_BTS = allowed_BTS & (boundaries.ids_BT[:, :, None] == boundaries.ids_BT[:, None, :])
+    if visible_BS is not None:
+        allowed_BTS = allowed_BTS & visible_BS[:, None]
+    return allowed_BTS[:, None]
+
+
+def _one_query(q_B1HK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Of one token: heads that share keys become the queries of one head, so that no key has to be repeated."""
+    q_BGTK = q_B1HK[:, 0].unflatten(1, (k_BSGK.shape[2], -1))
+    o_BGTV = F.scaled_dot_product_attention(
+        q_BGTK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return o_BGTV.flatten(1, 2)[:, None]
 
 
 def _for_every_query(q_BTHK: Tensor, *kv_BSGK: Tensor) -> list[Tensor]:

@@ -122,7 +122,7 @@ def _forward_op(
     options = LossOptions(z_loss=z_loss, soft_cap=soft_cap, label_smoothing=label_smoothing)
     (num_rows, _), (vocab_size, _) = hidden_MD.shape, head_VD.shape
     loss_M = hidden_MD.new_empty(num_rows, dtype=sum_dtype(hidden_MD))
-    d_hidden_MD, d_head_VD = _empty_gradients(hidden_MD, head_VD, hidden_gradient, head_gradient)
+    d_hidden_MD, d_head_VD = empty_gradients(hidden_MD, head_VD, hidden_gradient, head_gradient)
     if not num_rows:
         d_head_VD.zero_()
     buffer_CV = hidden_MD.new_empty(min(chunk_rows, num_rows), vocab_size)
@@ -136,14 +136,14 @@ def _forward_op(
         if hidden_gradient:
             torch.mm(logits_CV, head_VD, out=d_hidden_MD[rows])
         if head_gradient:
-            _add_product_(d_head_VD, logits_CV.T, hidden_MD[rows], is_first=start == 0)
+            add_product_(d_head_VD, logits_CV.T, hidden_MD[rows], is_first=start == 0)
     return loss_M.sum(), d_hidden_MD, d_head_VD
 
 
 @_forward_op.register_fake
 def _(hidden_MD, head_VD, targets_M, chunk_rows, hidden_gradient, head_gradient, z_loss, soft_cap, label_smoothing):
     loss_sum = hidden_MD.new_empty((), dtype=sum_dtype(hidden_MD))
-    return loss_sum, *_empty_gradients(hidden_MD, head_VD, hidden_gradient, head_gradient)
+    return loss_sum, *empty_gradients(hidden_MD, head_VD, hidden_gradient, head_gradient)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -159,8 +159,8 @@ def _backward(ctx, dloss: Tensor | None, _d_hidden: Tensor | None, _d_head: Tens
     if dloss is None:
         return (None,) * 9
     d_hidden_MD, d_head_VD = ctx.saved_tensors
-    d_hidden = _scaled(d_hidden_MD, dloss) if ctx.hidden_gradient else None
-    d_head = _scaled(d_head_VD, dloss).to(ctx.dtype) if ctx.head_gradient else None
+    d_hidden = scaled(d_hidden_MD, dloss) if ctx.hidden_gradient else None
+    d_head = scaled(d_head_VD, dloss).to(ctx.dtype) if ctx.head_gradient else None
     return d_hidden, d_head, *(None,) * 7
 
 
@@ -175,21 +175,23 @@ def _flops(
     return 2 * num_rows * width * vocab_size * (1 + hidden_gradient + head_gradient)
 
 
-def _empty_gradients(
+def empty_gradients(
     hidden_MD: Tensor, head_VD: Tensor, hidden_gradient: bool, head_gradient: bool
 ) -> tuple[Tensor, Tensor]:
+    """Room for d hidden and, in the dtype of sums, d head; empty for one that is not asked for."""
     d_hidden_MD = hidden_MD.new_empty(hidden_MD.shape if hidden_gradient else 0)
     d_head_VD = head_VD.new_empty(head_VD.shape if head_gradient else 0, dtype=sum_dtype(head_VD))
     return d_hidden_MD, d_head_VD
 
 
-def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+def scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """A saved gradient times its upstream one."""
     # In place, because a second d head in fp32 would be the peak of memory. A compiler, known by the types of its
     # stand-ins for tensors, decides that itself.
     return saved.mul_(factor) if type(saved) is Tensor else saved * factor
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+def add_product_(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """total += a @ b in total's dtype; the first time total = a @ b, whatever was in it."""
     beta = 0 if is_first else 1
     if a.is_cuda and a.dtype != total.dtype:

@@ -1,5 +1,6 @@
 """Grouped-query self-attention with rotary positions."""
 
+from collections.abc import Callable
 from typing import TypedDict
 
 from torch import Tensor, nn
@@ -22,6 +23,18 @@ class AttentionLimits(TypedDict):
 def attention_limits(config: ModelConfig, layer: int) -> AttentionLimits:
     """Which keys a layer's queries see, and how their scores are bounded."""
     return AttentionLimits(window=config.window(layer), scale=config.attention_scale, soft_cap=config.attention_softcap)
+
+
+def by_positions(
+    rotate: Callable[..., tuple[Tensor, ...]], cos_TK: Tensor, sin_TK: Tensor, *parts_BT: Tensor
+) -> tuple[Tensor, ...]:
+    """rotate(*parts, cos, sin), which takes one table for all rows; padded rows, each with positions of its own, have
+    tables of B * T rows, and are one long row to it."""
+    batch_size, length = parts_BT[0].shape[:2]
+    if len(cos_TK) == length:
+        return rotate(*parts_BT, cos_TK, sin_TK)
+    rotated = rotate(*(part_BT.flatten(0, 1)[None] for part_BT in parts_BT), cos_TK, sin_TK)
+    return tuple(part.view(batch_size, length, *part.shape[2:]) for part in rotated)
 
 
 class Attention(nn.Module):
@@ -52,14 +65,16 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Mixes each token with the earlier ones that it may see; (B, T, D) -> (B, T, D)."""
-        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, cos_TK, sin_TK)
+        q_BTHK, k_BTGK, v_BTGK = by_positions(self._split, cos_TK, sin_TK, self.qkv(x_BTD))
+        visible_BS = None
         if cache is not None:
             k_BTGK, v_BTGK = cache.extend(self.layer, k_BTGK, v_BTGK)
-        return self.out(attention(q_BTHK, k_BTGK, v_BTGK, boundaries, **self.limits).flatten(2))
+            visible_BS = cache.visible(k_BTGK.shape[1], x_BTD.shape[1])
+        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, boundaries, visible_BS=visible_BS, **self.limits)
+        return self.out(o_BTHK.flatten(2))
 
-    def _project(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, qkv_BTN: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys, and values."""
-        qkv_BTN = self.qkv(x_BTD)
         if self.q_norm is None or self.k_norm is None:
             return rope_packed(qkv_BTN, cos_TK, sin_TK, self.num_heads, self.num_kv_heads, self.rope_interleaved)
         q_BTN, k_BTN, v_BTN = qkv_BTN.split(self.split_sizes, dim=-1)

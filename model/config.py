@@ -101,6 +101,8 @@ class ModelConfig:
     """Multi-head latent attention."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture of experts."""
+    head: Literal["tokens", "score"] = "tokens"
+    """What the output head makes of a hidden state: logits of the next token, or one number (a reward model)."""
     init: Literal["gpt2", "tinyllama"] = "tinyllama"
     """Initialisation scheme; see model/init.py."""
     init_std: float = 0.02
@@ -125,6 +127,8 @@ class ModelConfig:
         for key in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_window"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ModelConfigError(f"model.{key} = {getattr(self, key)}: must be positive, or left out")
+        if self.head == "score" and self.tie_embeddings:
+            raise ModelConfigError('model.head = "score" with model.tie_embeddings = true: a score has no embedding')
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ModelConfigError(f'model.window_pattern = "{self.window_pattern}": expected a string of S and L')
         if self.is_latent:
@@ -153,6 +157,11 @@ class ModelConfig:
         if name not in PRESETS:
             raise ModelConfigError(f"model.preset = {name!r}: known presets are {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    @property
+    def head_rows(self) -> int:
+        """Numbers that the head makes of a hidden state."""
+        return 1 if self.head == "score" else self.vocab_size
 
     @property
     def is_latent(self) -> bool:

@@ -1,13 +1,14 @@
 """Models in Hugging Face's form, to and from ours: tensors, config and files.
 
 Read and written are Llama, Mistral, Qwen2, Qwen3, Gemma2, OLMo2, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3,
-with one tensor per expert, as the files of transformers 4 and 5 have them. Rotary pairs lie in the two halves of a head
+with one tensor per expert, as the files of transformers 4 and 5 have them. What none of these computes is written
+under our own names, for a modelling file of our own. Rotary pairs lie in the two halves of a head
 on their side, in DeepSeek-V3 as neighbours; where ours lie otherwise (model.rope_interleaved), rows are permuted. Both
 directions are exact. Files are safetensors; pickles are never opened.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hugging_face_configs import (
     DTYPES,
+    OWN_TYPE,
     config_from_hugging_face,
     hugging_face_config,
+    own_config,
     refuse_what_is_foreign_to_them,
 )
 from model.hugging_face_keys import ConvertError, flag, number
@@ -66,6 +69,8 @@ def read_hugging_face(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         table = _read_json(folder / "config.json")
         config = config_from_hugging_face(table)
         tensors = _read_tensors(folder)
+        if table["model_type"] == OWN_TYPE:
+            return config, _from_own_form(config, tensors)
         for name in _extra_layers(config, table, tensors):
             del tensors[name]
         return config, _packed(config, tensors, flag(table, "rope_interleave", default=True))
@@ -73,22 +78,80 @@ def read_hugging_face(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise ConvertError(f"{folder}: {error}") from error
 
 
+def read_hugging_face_config(folder: Path) -> ModelConfig:
+    """The shape that a folder's config.json describes.
+
+    Raises:
+        ConvertError: see `config_from_hugging_face`.
+    """
+    try:
+        return config_from_hugging_face(_read_json(folder / "config.json"))
+    except ConvertError as error:
+        raise ConvertError(f"{folder}: {error}") from error
+
+
 def write_hugging_face(
-    folder: Path, config: ModelConfig, state: Mapping[str, Tensor], *, eos_id: int | None, dtype: str
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    eos_id: int | None,
+    dtype: str,
+    stop_ids: Sequence[int] = (),
+    pad_id: int | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and the weights into a folder, which is made if need be.
 
-    Weights become model.safetensors, or several files and their index where they are large.
+    `stop_ids` are those that end what is generated, by default eos_id. Weights become model.safetensors, or several
+    files and their index where they are large.
 
     Raises:
         ConvertError: see `hugging_face_config` and `to_hugging_face`.
     """
-    table = hugging_face_config(config, eos_id=eos_id, dtype=dtype)
-    tensors = to_hugging_face(config, state)
+    table = hugging_face_config(config, eos_id=eos_id, dtype=dtype, pad_id=pad_id)
+    _write_folder(folder, table, to_hugging_face(config, state), dtype)
+    if config.head == "tokens":
+        _write_generation(folder, config, eos_id, stop_ids, pad_id)
+
+
+def write_own_form(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    eos_id: int | None,
+    dtype: str,
+    stop_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+) -> None:
+    """`write_hugging_face` for what no class of theirs computes: names are ours, and OWN_MODULE belongs beside them."""
+    tensors = {name: tensor for name, tensor in state.items() if name not in _loads(config)}
+    _drop_tied_head(config, tensors, head="head.weight", embedding="embedding.weight")
+    _write_folder(folder, own_config(config, eos_id=eos_id, dtype=dtype), tensors, dtype)
+    _write_generation(folder, config, eos_id, stop_ids, pad_id)
+
+
+def _write_folder(folder: Path, table: dict[str, Any], tensors: Mapping[str, Tensor], dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", table)
-    _write_json(folder / "generation_config.json", {"eos_token_id": eos_id})
     _write_tensors(folder, tensors, getattr(torch, DTYPES[dtype]))
+
+
+def _write_generation(
+    folder: Path, config: ModelConfig, eos_id: int | None, stop_ids: Sequence[int], pad_id: int | None
+) -> None:
+    table = {
+        "eos_token_id": list(stop_ids) if len(stop_ids) > 1 else eos_id,
+        "pad_token_id": eos_id if pad_id is None else pad_id,
+        "max_length": config.context_length,
+    }
+    _write_json(folder / "generation_config.json", table)
+
+
+def _from_own_form(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    num_experts = config.moe.num_experts
+    state = tensors | {name: torch.full((num_experts,), 1 / num_experts) for name in _loads(config)}
+    return state | ({"head.weight": state["embedding.weight"]} if config.tie_embeddings else {})
 
 
 def _checked_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +186,7 @@ def _packed(config: ModelConfig, tensors: dict[str, Tensor], latent_pairs: bool)
 def _loads(config: ModelConfig) -> list[str]:
     """Names of the buffers that theirs have no equal of: the load that an auxiliary loss of whole steps goes by."""
     layers = config.expert_layers if config.moe.balance in ("switch", "global") else ()
-    return [f"blocks.{layer}.moe.routers.0.load" for layer in layers]
+    return [f"blocks.{layer}.moe.routers.{link}.load" for layer in layers for link in range(config.moe.chain_length)]
 
 
 def _extra_layers(config: ModelConfig, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -31,7 +31,7 @@ def num_params(config: ModelConfig) -> int:
     d = config.hidden_size
     norms = d * {"pre": 2, "sandwich": 4, "output": 2, "deepnorm": 2}[config.norms] + _head_norms(config)
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias else 0
-    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    embeddings = config.vocab_size * d + (0 if config.tie_embeddings else config.head_rows * d)
     blocks = sum(_attention_params(config) + _ffn_params(config, layer) for layer in range(config.num_layers))
     return embeddings + blocks + config.num_layers * (norms + biases) + d
 
@@ -46,7 +46,7 @@ def num_matmul_params(config: ModelConfig) -> int:
     """Weights that multiply every token: matrices and the head, of routed experts only those that a token is sent to;
     not the input embedding, norms or biases."""
     ffns = sum(_active_ffn_params(config, layer) for layer in range(config.num_layers))
-    return config.num_layers * _attention_params(config) + round(ffns) + config.vocab_size * config.hidden_size
+    return config.num_layers * _attention_params(config) + round(ffns) + config.head_rows * config.hidden_size
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -23,6 +23,10 @@ _DEEPSEEK_LATENT_EPS = 1e-6
 """Added to the mean square in DeepSeek-V3's norms of latent vectors, whatever its config says of the other norms."""
 
 
+_TOKENS, SCORES = "ForCausalLM", "ForSequenceClassification"
+"""What the names of classes end in, by the head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How one architecture's table is read and written, beside the keys that all have."""
@@ -34,6 +38,12 @@ class Architecture:
     """Keys with the one value that our model computes; an absent key means that value on their side too."""
     has_even_heads: bool = False
     """Whether its class refuses a hidden size that is not a multiple of the number of heads."""
+    scores: bool = True
+    """Whether there is a class for reward models as well."""
+
+    def class_for(self, config: ModelConfig) -> str:
+        """The class of a model with this head, or of the nearest."""
+        return self.class_name.replace(_TOKENS, SCORES) if config.head == "score" and self.scores else self.class_name
 
 
 def letters_of(config: ModelConfig) -> str:
@@ -244,6 +254,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Versions of transformers disagree about which of its layers have windows.
     "qwen2_moe": Architecture("Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen2_moe, {"use_sliding_window": False}),
     "qwen3_moe": Architecture("Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, {"use_sliding_window": False}),
-    "olmoe": Architecture("OlmoeForCausalLM", _read_olmo, _write_olmo, {"clip_qkv": None}, has_even_heads=True),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM", _read_olmo, _write_olmo, {"clip_qkv": None}, has_even_heads=True, scores=False
+    ),
     "deepseek_v3": Architecture("DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3, _DEEPSEEK),
 }

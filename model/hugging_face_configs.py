@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from model.config import TRAINING_KEYS, LatentConfig, ModelConfig, ModelConfigError
-from model.hugging_face_architectures import ARCHITECTURES, letters_of, usual_attention_scale
+from model.hugging_face_architectures import ARCHITECTURES, SCORES, letters_of, usual_attention_scale
 from model.hugging_face_keys import (
     ConvertError,
     Table,
@@ -22,6 +22,8 @@ from model.hugging_face_keys import (
 from model.hugging_face_mixtures import placement
 from model.moe_config import MoEConfig
 
+OWN_TYPE, OWN_MODULE = "bessemer", "modeling_bessemer"
+"""The model_type of a model that no class of theirs computes, and the file beside it that does."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What weights can be exported in, by the names that the command line uses; torch's names."""
 
@@ -35,8 +37,13 @@ _ONLY_VALUES: dict[str, Any] = {
 }
 
 
-def hugging_face_config(config: ModelConfig, *, eos_id: int | None, dtype: str) -> dict[str, Any]:
+def hugging_face_config(
+    config: ModelConfig, *, eos_id: int | None, dtype: str, pad_id: int | None = None
+) -> dict[str, Any]:
     """The config.json of a model of ours, for transformers 4 and 5 alike.
+
+    A reward model needs the pad_id to find the last token of each row; another model has none there, as it would keep a
+    row of the embedding from learning.
 
     Raises:
         ConvertError: no architecture of theirs has this shape, an eos_id outside the vocabulary, unknown dtype.
@@ -46,8 +53,9 @@ def hugging_face_config(config: ModelConfig, *, eos_id: int | None, dtype: str) 
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:
         raise ConvertError(f"eos_id = {eos_id}: outside the model's vocabulary of {config.vocab_size}")
     refuse_what_is_foreign_to_them(config)
+    ids = {"eos_token_id": eos_id, "pad_token_id": pad_id if config.head == "score" else None}
     # transformers 4 reads torch_dtype, transformers 5 dtype.
-    return _table(config) | {"eos_token_id": eos_id, "torch_dtype": DTYPES[dtype], "dtype": DTYPES[dtype]}
+    return _table(config) | ids | {"torch_dtype": DTYPES[dtype], "dtype": DTYPES[dtype]}
 
 
 def config_from_hugging_face(table: Table) -> ModelConfig:
@@ -57,6 +65,8 @@ def config_from_hugging_face(table: Table) -> ModelConfig:
         ConvertError: a feature that we do not implement, with its key and value; a missing or malformed key.
     """
     model_type = table.get("model_type")
+    if model_type == OWN_TYPE:
+        return _from_own_table(table)
     if model_type not in ARCHITECTURES:
         raise ConvertError(f"config.json: model_type = {model_type!r}: can read {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
@@ -75,6 +85,8 @@ def config_from_hugging_face(table: Table) -> ModelConfig:
     }
     if keys["num_heads"] < 1:
         raise ConvertError(f"config.json: num_attention_heads = {keys['num_heads']}: must be positive")
+    if _is_scoring(table):
+        keys |= {"head": "score", "tie_embeddings": False}
     try:
         return ModelConfig(**(keys | architecture.read(table)))
     except ModelConfigError as error:
@@ -96,6 +108,15 @@ def hugging_face_type(config: ModelConfig) -> str:
     if config.qk_norm == "head":
         return "qwen3"
     return "qwen2" if config.qkv_bias else "mistral" if "S" in letters_of(config) else "llama"
+
+
+def is_known_to_them(config: ModelConfig) -> bool:
+    """Whether an architecture of theirs computes what a config says."""
+    try:
+        refuse_what_is_foreign_to_them(config)
+    except ConvertError:
+        return False
+    return True
 
 
 def refuse_what_is_foreign_to_them(config: ModelConfig) -> None:
@@ -123,11 +144,55 @@ def refuse_what_is_foreign_to_them(config: ModelConfig) -> None:
         )
 
 
+def own_config(config: ModelConfig, *, eos_id: int | None, dtype: str) -> dict[str, Any]:
+    """The config.json of a model that OWN_MODULE computes; what others look for has their names, too."""
+    return {
+        "architectures": ["BessemerForCausalLM"],
+        "model_type": OWN_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{OWN_MODULE}.BessemerConfig",
+            "AutoModelForCausalLM": f"{OWN_MODULE}.BessemerForCausalLM",
+        },
+        "shape": dataclasses.asdict(config),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": False,
+        "eos_token_id": eos_id,
+        "torch_dtype": DTYPES[dtype],
+        "dtype": DTYPES[dtype],
+    }
+
+
+def _from_own_table(table: Table) -> ModelConfig:
+    try:
+        shape = table["shape"]
+        parts = {"latent": LatentConfig(**shape["latent"]), "moe": MoEConfig(**shape["moe"])}
+        return ModelConfig(**(shape | parts))
+    except (KeyError, TypeError, ModelConfigError) as error:
+        raise ConvertError(f"config.json: shape is not a model of ours: {error}") from error
+
+
+def _is_scoring(table: Table) -> bool:
+    """Whether the config is of a reward model, which has a single label."""
+    names = table.get("architectures") or []
+    if not isinstance(names, list) or not any(str(name).endswith(SCORES) for name in names):
+        return False
+    # Two labels are their default, and not written.
+    num_labels = table.get("num_labels") or len(table.get("id2label") or "01")
+    if num_labels != 1:
+        raise ConvertError(f"config.json: {num_labels} labels: only a reward model, which has one, is implemented")
+    return True
+
+
 def _table(config: ModelConfig) -> dict[str, Any]:
     model_type = hugging_face_type(config)
     architecture = ARCHITECTURES[model_type]
     return {
-        "architectures": [architecture.class_name],
+        "architectures": [architecture.class_for(config)],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -151,6 +216,7 @@ def _table(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id": None,
         "use_cache": True,
         "attention_dropout": 0.0,
+        **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if config.head == "score" else {}),
     } | architecture.write(config)
 
 

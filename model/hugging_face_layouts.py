@@ -105,7 +105,9 @@ def layout(config: ModelConfig, *, latent_pairs: bool = True) -> Iterator[Stack]
             yield _one(f"{ours}.{our_norm}.weight", f"{theirs}.{their_norm}.weight", config.hidden_size)
     yield _one("norm.weight", "model.norm.weight", config.hidden_size)
     if not config.tie_embeddings:
-        yield _one("head.weight", "lm_head.weight", config.vocab_size, width)
+        yield _one(
+            "head.weight", "score.weight" if config.head == "score" else "lm_head.weight", config.head_rows, width
+        )
 
 
 _NORMS = {
@@ -127,8 +129,8 @@ def router_biases(config: ModelConfig) -> list[str]:
 
 
 def is_router_bias(their_name: str) -> bool:
-    """Whether a tensor of theirs is DeepSeek's bias, which stays fp32: bf16 would make one of many near values."""
-    return their_name.endswith(".e_score_correction_bias")
+    """Whether a tensor is a bias that only picks, which stays fp32: bf16 would make one of many near values."""
+    return their_name.endswith(".e_score_correction_bias") or (".routers." in their_name and "bias" in their_name)
 
 
 def _one(ours: str, theirs: str, rows: int, row_shape: tuple[int, ...] = (), rotary: RotaryRows | None = None) -> Stack:

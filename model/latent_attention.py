@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.attention import DocumentBoundaries, attention
 from kernels.rope import rope
-from model.attention import attention_limits
+from model.attention import attention_limits, by_positions
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.norm import RMSNorm
@@ -56,15 +56,21 @@ class LatentAttention(nn.Module):
         """Mixes each token with the earlier ones that it may see; (B, T, D) -> (B, T, D)."""
         q_BTHK, rotated_q_BTHR = self._queries(x_BTD).split(self.query_sizes, dim=-1)
         c_BTC, shared_k_BTR = self.kv_down(x_BTD).split(self.down_sizes, dim=-1)
-        rotated_q_BTHR, rotated_k_BT1R = rope(
-            rotated_q_BTHR, shared_k_BTR[:, :, None], cos_TR, sin_TR, self.rope_interleaved
+        rotated_q_BTHR, rotated_k_BT1R = by_positions(
+            self._rotate, cos_TR, sin_TR, rotated_q_BTHR, shared_k_BTR[:, :, None]
         )
         c_BTC, shared_k_BTR = self.kv_norm(c_BTC), rotated_k_BT1R[:, :, 0]
+        visible_BS = None
         if cache is not None:
             c_BTC, shared_k_BTR = cache.extend(self.layer, c_BTC, shared_k_BTR)
+            visible_BS = cache.visible(c_BTC.shape[1], x_BTD.shape[1])
         k_BSHK, v_BSHV = self._keys_and_values(c_BTC, shared_k_BTR)
         q_BTHK = torch.cat((q_BTHK, rotated_q_BTHR), dim=-1)
-        return self.out(attention(q_BTHK, k_BSHK, v_BSHV, boundaries, **self.limits).flatten(2))
+        o_BTHV = attention(q_BTHK, k_BSHK, v_BSHV, boundaries, visible_BS=visible_BS, **self.limits)
+        return self.out(o_BTHV.flatten(2))
+
+    def _rotate(self, q_BTHR: Tensor, k_BT1R: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q_BTHR, k_BT1R, cos_TR, sin_TR, self.rope_interleaved)
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         """(B, T, H, K + R), the last R of a head still to be rotated."""

@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.head_rows, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -187,14 +187,19 @@ class Transformer(nn.Module):
         Shapes: tokens (B, T) int64, T <= any length: positions are computed, not looked up.
         """
         stream_BTD, addend_BTD = self._embed(tokens_BT), None
-        cos_TK, sin_TK = self._rope_tables(tokens_BT, cache.length if cache is not None else 0, stream_BTD.dtype)
+        num_tokens = tokens_BT.shape[1]
+        if cache is None:
+            positions = torch.arange(num_tokens, device=tokens_BT.device)
+        else:
+            positions, boundaries = cache.positions(num_tokens), boundaries or cache.boundaries(num_tokens)
+        cos_TK, sin_TK = self._rope_tables(positions, stream_BTD.dtype)
         inputs = RoutingInputs(routing.counted_BT, routing.noise_seed, tokens_BT) if routing is not None else None
         for block in self.blocks:
             stream_BTD, addend_BTD, stats = block(stream_BTD, addend_BTD, cos_TK, sin_TK, boundaries, cache, inputs)
             if routing is not None and stats is not None:
                 routing.layers.append(stats)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance(num_tokens)
         hidden_BTD, _ = self.norm.add(addend_BTD, stream_BTD)
         if readout is None:
             return logits(hidden_BTD, self.head.weight, self.config.logit_softcap)
@@ -205,9 +210,8 @@ class Transformer(nn.Module):
         scale = self.config.embedding_scale
         return embedded_BTD if scale == 1.0 else scale * embedded_BTD
 
-    def _rope_tables(self, tokens_BT: Tensor, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens' positions, for the part of a head that is rotated."""
-        positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+    def _rope_tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of tokens' positions, for the part of a head that is rotated."""
         rotated_size = self.config.latent.rope_size if self.config.is_latent else self.config.head_size
         # fp32 tables also under bf16: a bf16 cosine is off by 2**-9. fp64 models get fp64 tables.
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32

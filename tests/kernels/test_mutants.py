@@ -178,7 +178,7 @@ MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
             "LossOptions(z_loss=z_loss, soft_cap=soft_cap, label_smoothing=label_smoothing)\n        return",
             "LossOptions(z_loss=z_loss, soft_cap=soft_cap)\n        return",
         ),
-        ("d_hidden = _scaled(d_hidden_MD, dloss)", "d_hidden = d_hidden_MD"),
+        ("d_hidden = scaled(d_hidden_MD, dloss)", "d_hidden = d_hidden_MD"),
         ("out=d_hidden_MD[rows]", "out=d_hidden_MD[: rows.stop - start]"),
         ("saved.mul_(factor) if type(saved) is Tensor else saved * factor", "saved * factor"),
         ("        d_head_VD.zero_()\n", "        pass\n"),
