@@ -56,6 +56,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_region(tensor: Tensor) -> Region:
     """Where `local_part` lies in the whole tensor.
 

@@ -12,6 +12,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.chat.chat_format import CHAT_FILE
+from data_prep.chat.row_marks import RowMarks, marks_path
 from data_prep.checksums import (
     CHECKSUM_BYTES,
     TABLE_OFFSET,
@@ -44,6 +46,10 @@ class RowsRead:
     """Targets per row (R,): fewer than the sequence length at the end of a file, none in an empty or bad row."""
     bad_rows: list[int]
     """Rows whose sample is quarantined, that is EOS without a target."""
+    trained: NDArray[np.bool_] | None = None
+    """Which targets count (R, L), where a file of the reader has marks beside it (data_prep/chat/row_marks.py)."""
+    starts: NDArray[np.bool_] | None = None
+    """Which inputs begin a document (R, L), likewise."""
 
 
 class _OpenFile(NamedTuple):
@@ -86,6 +92,7 @@ class SampleReader:
         self._group_samples = group_samples
         self._targets_of_file = np.array([file.num_targets for file in self.files], dtype=np.int64)
         self._checksums = [_usable_checksums(file, sequence_length) for file in self.files]
+        self._marks = [_marks_of(file) for file in self.files]
         self._max_open_files = _max_open_files()
         self._open_files: dict[int, _OpenFile] = {}
         self._recent_groups: dict[tuple[int, int], None] = {}
@@ -141,7 +148,14 @@ class SampleReader:
         for row in np.flatnonzero(num_targets < self.sequence_length).tolist():
             rows[row, num_targets[row] + 1 if num_targets[row] else 0 :] = self.eos_id
         self._refuse_foreign_ids(files, samples, rows[: len(files)])
-        return RowsRead(num_targets, bad_rows)
+        if not self.has_marks:
+            return RowsRead(num_targets, bad_rows)
+        return RowsRead(num_targets, bad_rows, *self._read_marks(files, samples, num_targets, rows[: len(files)]))
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether some files say which of their targets count."""
+        return any(marks is not None for marks in self._marks)
 
     def will_need(self, files: NDArray[np.int64], samples: NDArray[np.int64]) -> None:
         """Asks the kernel to read samples (R,) of files (R,), or the groups that they belong to, in the background."""
@@ -160,6 +174,20 @@ class SampleReader:
         """Closes the files; the reader may be used again."""
         while self._open_files:
             self._close(next(iter(self._open_files)))
+
+    def _read_marks(
+        self, files: NDArray[np.int64], samples: NDArray[np.int64], num_targets: NDArray[np.int64], rows: NDArray
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """(trained, starts) of rows; of files without marks every target counts, and EOS closes a document."""
+        trained = np.arange(self.sequence_length) < num_targets[:, None]
+        starts = np.zeros_like(trained)
+        starts[:, 0] = True
+        starts[:, 1:] = rows[:, : self.sequence_length - 1] == self.eos_id
+        for file in np.unique(files):
+            if (marks := self._marks[file]) is not None:
+                chosen = (files == file) & (num_targets > 0)
+                trained[chosen], starts[chosen] = marks.rows(samples[chosen], self.sequence_length)
+        return trained, starts
 
     def _close(self, index: int) -> None:
         for handle in self._open_files.pop(index):
@@ -234,6 +262,18 @@ class SampleReader:
             f"{samples[row] * self.sequence_length + at} (sample {samples[row]}), the model's vocab_size is "
             f"{self.vocab_size}; restore the shard, or set --model.vocab-size to that of the tokenizer"
         )
+
+
+def _marks_of(file: DataFile) -> RowMarks | None:
+    """What a shard's rows say of their tokens; None for plain text."""
+    path = marks_path(file.path)
+    if path.exists():
+        return RowMarks(file.path)
+    if (file.path.parent.parent / CHAT_FILE).exists():
+        raise DataError(
+            f"{path} is not there: without it prompts would be trained; restore it, or prepare the data again"
+        )
+    return None
 
 
 def _common_dtype(files: Sequence[DataFile]) -> np.dtype:

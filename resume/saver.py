@@ -84,6 +84,8 @@ class Saver:
         self._in_background, self._before_write = in_background, before_write
         # Typed by hand: torch's own says that it may be a number.
         self._group: Any = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
+        self.protected: set[int] = set()
+        """Steps whose checkpoints are never deleted."""
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
@@ -234,7 +236,8 @@ class Saver:
             # A higher number is none of this run's: it must not make the newest an old one.
             steps = [step for step in checkpoint.steps(self._run) if step <= newest]
             for step in steps[: -self._keep_last]:
-                if self._keep_every is None or step % self._keep_every:
+                is_kept = self._keep_every is not None and step % self._keep_every == 0
+                if not is_kept and step not in self.protected:
                     # Renamed first: a kill in the middle of the deletion must not leave half under a good name.
                     folder = self._run / f"step-{step}"
                     _remove(folder.rename(folder.with_name(folder.name + ".del")))

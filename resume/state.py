@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data_prep.shards import HEADER_BYTES
 from resume.manifest import DataError, is_file_id
-from resume.mixture import parse_schedule
+from resume.mixture import WeightsFrom, parse_schedule
 
 SCHEMA = 2
 # Honest runs pass over tiny data very often; each epoch costs 0.2 ms to replay.
@@ -370,6 +370,38 @@ def reweight(state: DataState, weights: Mapping[str, float], from_tokens: int | 
             )
         at += -(-(wanted - at) // state.window_groups) * state.window_groups
     return state._with(Reweight(at=at, step=state.step, weights=dict(weights)))
+
+
+def branch(state: DataState, files: Mapping[str, Sequence[str]], schedule: Sequence[WeightsFrom] | None) -> DataState:
+    """The state of another run that goes on from here: new files join, and weights hold as the schedule says.
+
+    It replaces what was planned for later; with None, weights stay as they are and as they were planned.
+
+    Raises:
+        DataError: sources and weights do not name the same ones, or only one of run and schedule has weights.
+    """
+    state = dataclasses.replace(state, requests_taken=0)  # its folder has requests of its own
+    now, events = state.next_boundary, state.events
+    if schedule is not None and bool(schedule) != state.has_mixture:
+        run = "weighs its sources" if state.has_mixture else "draws from all its files as one pool"
+        raise DataError(f"the run that is branched from {run}, so the branch has to as well; see data.mixture")
+    if state.has_mixture:
+        weighed = [event.weights for event in events if isinstance(event, Reweight)]
+        sources = {*state.sources, *files}
+        for weights in [entry.weights for entry in schedule] if schedule is not None else weighed[-1:]:
+            _refuse_other_sources(sources, set(weights), weights)
+    if schedule:
+        passed = [entry.weights for entry in schedule if entry.from_tokens <= now * state.group_tokens][-1]
+        events = tuple(event for event in events if not (isinstance(event, Reweight) and event.at >= now))
+        state = dataclasses.replace(state, events=events)
+        state = (
+            append(state, files, passed) if files else state._with(Reweight(at=now, step=state.step, weights=passed))
+        )
+        for entry in schedule:
+            if entry.from_tokens > now * state.group_tokens:
+                state = reweight(state, entry.weights, entry.from_tokens)
+        return state
+    return append(state, files) if files else state
 
 
 def cut(state: DataState, at: int) -> DataState:

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from data_prep.config_file import ConfigError, keys
+from data_prep.config_file import ConfigError, UnplacedError, keys
 from model.config import ModelConfig
-from resume.mixture import parse_max_epochs, parse_schedule
+from resume.mixture import parse_max_epochs, parse_schedule, parse_weights
 
 # Keys that may differ from the checkpoint's when a run is resumed: they change where and how fast the same steps are
 # computed, or when something is written, but not what is learned. run.num_steps is here because runs get extended; it
@@ -16,6 +16,8 @@ from resume.mixture import parse_max_epochs, parse_schedule
 CHANGEABLE_ON_RESUME = (
     "run.dir",
     "run.num_steps",
+    "run.num_epochs",
+    "run.patience",
     "run.save_every",
     "run.keep_checkpoints",
     "run.keep_every",
@@ -68,6 +70,18 @@ _FIXED_FOR_A_RUN = (
     "data.when_exhausted",
     "data.group_tokens",
     "data.window_groups",
+    "run.branch_from",
+    "stage",
+)
+
+# Keys, beside those of [optim], that a branch may have other values of than the run that it leaves.
+_FREE_IN_A_BRANCH = (
+    "run.branch_from",
+    "stage",
+    "data.mixture",
+    "data.sequence_length",
+    "data.batch_sequences",
+    "data.group_tokens",
 )
 
 
@@ -81,6 +95,10 @@ class RunSection:
     """Decides initial weights, the order of samples, and whatever a step draws."""
     num_steps: int = 10_000
     """Optimizer steps in all."""
+    num_epochs: float | None = None
+    """Passes over the training shards, from which num_steps follows."""
+    patience: int | None = None
+    """Validations in a row without a lower held-out loss after which the run ends; the best checkpoint is kept."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end and one when the run is told to stop."""
     keep_checkpoints: int = 3
@@ -97,11 +115,14 @@ class RunSection:
     """Seconds without progress after which the run ends and names the rank; six times as many for a save, ten times as
     many for all that comes before a life's second step."""
     init_from: str | None = None
-    """Hugging Face folder whose weights a new run starts from instead of random ones; where it holds a dense model and
-    [model] has experts, they start as copies of its feed-forward networks (upcycling)."""
+    """Run folder, checkpoint or Hugging Face folder whose weights a new run starts from instead of random ones; where
+    it holds a dense model and [model] has experts, they start as copies of its feed-forward networks (upcycling)."""
     init_noise: float = 0.0
     """Of upcycled experts, the deviation of the noise on each matrix, as a share of its own: without any, they part
     only by what their tokens are."""
+    branch_from: str | None = None
+    """Checkpoint of another run, RUN/step-N, that a new run goes on from with its weights, moments and place in the
+    data, under a learning rate, mixture, further data and number of steps of its own."""
     allow_changes: tuple[str, ...] = ()
     """Keys (section.key) that may differ from the checkpoint's on resume besides those that always may."""
 
@@ -240,6 +261,46 @@ class GuardSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageSection:
+    """A part of a run; all parts have as many tokens in a step. The first begins where the run does."""
+
+    tokens: float | None = None
+    """Tokens of the stage, as whole steps. The last stage may leave them out, and has what run.num_steps leaves."""
+    mixture: str | None = None
+    """Weights of the sources, "web=0.7 code=0.3", in place of data.mixture. Default: those of the stage before."""
+    sequence_length: int | None = None
+    """Targets per sample. Default: data.sequence_length."""
+    lr: float | None = None
+    """Learning rate at its start. Default: where the stage before ends, at first optim.peak_lr. If no stage says
+    anything about rates, the schedule of [optim] holds for the whole run."""
+    lr_end: float | None = None
+    """Learning rate of its last step. Default: lr."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """The way from lr to lr_end. Default: constant, or linear if there is an lr_end."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that make no stage."""
+        for name in ("tokens", "sequence_length", "lr"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UnplacedError(f"{name} = {value}: must be positive and finite, or left out")
+        if self.lr_end is not None and not (self.lr_end >= 0 and math.isfinite(self.lr_end)):
+            raise UnplacedError(f"lr_end = {self.lr_end}: must be finite and not negative, or left out")
+        if (self.schedule in ("linear", "cosine")) != (self.lr_end is not None) and self.schedule is not None:
+            raise UnplacedError(
+                f"lr_end = {self.lr_end} with schedule = {self.schedule!r}: linear and cosine want an lr_end to go to, "
+                "constant has none"
+            )
+        if self.mixture is not None:
+            parse_weights(self.mixture)
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether it says anything about the learning rate."""
+        return (self.lr, self.lr_end, self.schedule) != (None, None, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DebugSection:
     """Drills."""
 
@@ -260,6 +321,7 @@ class RunConfig:
     kernels: KernelSection = field(default_factory=KernelSection)
     guard: GuardSection = field(default_factory=GuardSection)
     debug: DebugSection = field(default_factory=DebugSection)
+    stage: tuple[StageSection, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values that make no run, each by itself and across sections."""
@@ -273,7 +335,7 @@ class RunConfig:
         for name in positive.split():
             if value_of(self, name) <= 0:
                 raise ConfigError(f"{name} = {value_of(self, name)}: must be positive")
-        for name in keys(RunConfig):
+        for name in keys(type(self)):
             if isinstance(value_of(self, name), float) and not math.isfinite(value_of(self, name)):
                 raise ConfigError(
                     f"{name} = {value_of(self, name)}: must be finite (a very large number means no limit)"
@@ -303,22 +365,89 @@ class RunConfig:
                 f"data.sequence_length = {self.data.sequence_length} exceeds model.context_length = "
                 f"{self.model.context_length}; lower the first or raise the second"
             )
-        if self.run.keep_every is not None and self.run.keep_every < 1:
-            raise ConfigError(f"run.keep_every = {self.run.keep_every}: must be positive, or left out")
+        for name in ("run.keep_every", "run.num_epochs", "run.patience"):
+            if value_of(self, name) is not None and value_of(self, name) <= 0:
+                raise ConfigError(f"{name} = {value_of(self, name)}: must be positive, or left out")
         if not self.data.paths:
             raise ConfigError("data.paths is empty; name at least one folder that `make prepare-data` wrote")
         parse_schedule(self.data.mixture)
         parse_max_epochs(self.data.max_epochs)
-        group_tokens = self.data.group_tokens or self.data.sequence_length
+        self._check_stages()
+        group_tokens = self.group_tokens
         if group_tokens < 1 or group_tokens % self.data.sequence_length or self.batch_tokens % group_tokens:
             raise ConfigError(
                 f"data.group_tokens = {group_tokens}: must be a multiple of data.sequence_length = "
                 f"{self.data.sequence_length} and divide a step's {self.batch_tokens} tokens"
             )
-        known = keys(RunConfig)
+        known = keys(type(self))
         for name in self.run.allow_changes:
             if name not in known:
                 raise ConfigError(f"run.allow_changes names {name!r}, which is no key of a run")
+
+    def _check_stages(self) -> None:
+        """Refuses stages that do not fit each other, or the rest."""
+        has_mixtures = any(stage.mixture is not None for stage in self.stage)
+        if has_mixtures and self.data.mixture:
+            raise ConfigError(
+                "data.mixture and stages with a mixture are given: move that of [data] into the first stage"
+            )
+        if has_mixtures and self.stage[0].mixture is None:
+            raise ConfigError(
+                "stage.0.mixture is missing: where a later stage has one, the first says what to begin with"
+            )
+        rate = self.optim.peak_lr
+        for i, stage in enumerate(self.stage):
+            if stage.tokens is None and i < len(self.stage) - 1:
+                raise ConfigError(f"stage.{i}.tokens is missing: only the last stage may leave it to run.num_steps")
+            if stage.tokens is not None and round(stage.tokens / self.batch_tokens) < 1:
+                raise ConfigError(
+                    f"stage.{i}.tokens = {stage.tokens:g}: less than one step of {self.batch_tokens:,} tokens "
+                    "(data.batch_sequences * data.sequence_length); raise the first or lower the others"
+                )
+            start = stage.lr if stage.lr is not None else rate
+            if start <= 0:
+                raise ConfigError(f"stage.{i}.lr is missing, and the stage before ends at 0; say where to begin")
+            rate = stage.lr_end if stage.lr_end is not None else start
+            self._check_length(f"stage.{i}.sequence_length", self.length_of(stage))
+
+    def _check_length(self, name: str, length: int) -> None:
+        """Refuses a length that a stage cannot have."""
+        if length > self.model.context_length:
+            raise ConfigError(
+                f"{name} = {length} exceeds model.context_length = {self.model.context_length}; lower the first or "
+                "raise the second"
+            )
+        group_tokens = self.group_tokens
+        if group_tokens % length or self.batch_tokens % group_tokens:
+            raise ConfigError(
+                f"{name} = {length}: lengths must divide data.group_tokens = {group_tokens} (if not given, the longest "
+                f"of them), and that a step's {self.batch_tokens:,} tokens; choose lengths such as 512, 1024, 2048, or "
+                "set data.group_tokens to a multiple of all"
+            )
+        step_groups = self.batch_tokens // group_tokens
+        if length != self.data.sequence_length and step_groups % self.data.window_groups:
+            raise ConfigError(
+                f"{name} = {length}: a length changes at the end of a window, and a step's {step_groups} groups are "
+                f"no multiple of data.window_groups = {self.data.window_groups}; set that to 1, or to a divisor"
+            )
+
+    def length_of(self, stage: StageSection) -> int:
+        """Targets per sample in a stage."""
+        return stage.sequence_length if stage.sequence_length is not None else self.data.sequence_length
+
+    @property
+    def longest(self) -> int:
+        """The longest samples that the run has."""
+        return max(self.data.sequence_length, *(self.length_of(stage) for stage in self.stage), 0)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that stay together in the order of a run that begins."""
+        return self.data.group_tokens or self.longest
+
+    def micro_batch_at(self, length: int) -> int:
+        """Samples per forward and backward at another length: as many tokens, at least one sample."""
+        return max(1, self.data.micro_batch_sequences * self.data.sequence_length // length)
 
     @property
     def batch_tokens(self) -> int:
@@ -342,32 +471,36 @@ class RunConfig:
         return -(-self.data.batch_sequences // (world_size * self.data.micro_batch_sequences))
 
 
+Config = TypeVar("Config", bound=RunConfig)
+
+
 def value_of(config: object, name: str) -> Any:
     """The value of `section.key`, or of a key deeper down."""
     return functools.reduce(getattr, name.split("."), config)
 
 
-def refuse_changes(config: RunConfig, stored: RunConfig) -> None:
-    """Refuses to resume under a config that would learn something else than the checkpoint's.
+def refuse_changes(config: RunConfig, stored: RunConfig, is_branch: bool = False) -> None:
+    """Refuses to resume under a config that would learn something else than the checkpoint's; a branch may do more.
 
     Raises:
         ConfigError: names every differing key with both values.
     """
-    allowed = {*CHANGEABLE_ON_RESUME, *config.run.allow_changes}
-    differing = [
-        name
-        for name in keys(RunConfig)
-        if name not in allowed.difference(_FIXED_FOR_A_RUN) and value_of(config, name) != value_of(stored, name)
-    ]
+    names = [*keys(type(config)), "stage"]
+    allowed = {*CHANGEABLE_ON_RESUME, *config.run.allow_changes}.difference(_FIXED_FOR_A_RUN)
+    if is_branch:
+        allowed |= {*_FREE_IN_A_BRANCH, *(name for name in names if name.startswith("optim."))}
+    differing = [name for name in names if name not in allowed and value_of(config, name) != value_of(stored, name)]
     if differing:
         both = [f"{n} = {value_of(config, n)!r}, the checkpoint has {value_of(stored, n)!r}" for n in differing]
         remedy = "Restore the values or start a new run with another --run.dir"
+        if set(differing) & set(_FREE_IN_A_BRANCH):
+            remedy += " (and run.branch_from, to go on from this one's checkpoint)"
         if not set(differing) & {*_FIXED_FOR_A_RUN, *_CHANGE_TENSORS}:
             remedy += f", or accept the change with --run.allow-changes {' '.join(differing)}"
         raise ConfigError(f"the config differs from the checkpoint's: {'; '.join(both)}. {remedy}")
 
 
-def with_values(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+def with_values(config: Config, **sections: dict[str, Any]) -> Config:
     """The config with some keys replaced: with_values(config, run={"num_steps": 5})."""
     replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
     return dataclasses.replace(config, **replaced)

@@ -1,11 +1,13 @@
-"""The whole way on one machine: text -> shards -> training, stopped and resumed -> samples -> exported model.
+"""The whole way on one machine: text -> tokenizer, shards -> pretraining -> fine-tuning -> preferences -> use.
 
     python -m train.demo
 
-Every step is a command that you could type; each is printed before it runs. Results lie in data/demo and runs/demo,
-which a new demo deletes first. Uses the GPUs it finds, else the CPU.
+Every step is a command that you could type; each is printed before it runs. Pretraining is stopped in the middle and
+resumed. Results lie in data/world and runs/world*, which a new demo deletes first. Uses the GPUs it finds, else the
+CPU.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -16,76 +18,95 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from data_prep.manifest import read_manifest
-from data_prep.shards import open_tokens
-from evaluation.report import read_metrics
-from evaluation.score import unigram_entropy
+from evaluation.metrics_file import read_metrics
 from resume import checkpoint
 from train.exits import STOPPED
 
-CONFIG = "configs/smoke.toml"
-DATA_CONFIG = "configs/prepare-demo.toml"
-PROMPTS = ("def __init__(self, ", "import ", "    for i in range(")
+CONFIG, SFT_CONFIG, DPO_CONFIG = "configs/world.toml", "configs/world-sft.toml", "configs/world-dpo.toml"
+DATA_CONFIG = "configs/prepare-world.toml"
+RAW = Path("data/world/raw")
+_ROW_TOKENS = "192"
 
 
 def main() -> int:
     """Runs the demo and prints where everything lies."""
     started_s = time.perf_counter()
-    run, data = _folders()
-    for folder in (run, data):
+    base, sft, dpo = map(_run_folder, (CONFIG, SFT_CONFIG, DPO_CONFIG))
+    for folder in (RAW.parent, base, sft, dpo):
         shutil.rmtree(folder, ignore_errors=True)
+    _do(["-m", "train.tiny_world", str(RAW)])
     _do(["-m", "data_prep", "prepare", DATA_CONFIG])
     import torch
 
-    pretrain = pretrain_command(torch.cuda.device_count())
-    _train_and_stop(pretrain, run)
+    num_gpus = torch.cuda.device_count()
+    pretrain = train_command("train/pretrain.py", CONFIG, num_gpus)
+    _train_and_stop(pretrain, base)
     _do(pretrain)
-    _do(["-m", "resume", "audit", str(run)])
-    samples = [
-        _do(["-m", "evaluation.generate", str(run), "--prompt", prompt, "--max-new-tokens", "60"], quiet=True)
-        for prompt in PROMPTS
-    ]
-    exported = run / "exported"
-    _do(["-m", "evaluation.export", str(run), str(exported)])
-    # On the sequences of the run's own validations, so that the exported model must score the last one's figures.
-    held_out = ["--sequence-length", "256", "--max-sequences", "128"]
-    _do(["-m", "evaluation.perplexity", str(exported), "--data", str(data), *held_out])
-    _summarise(run, data, exported, samples, time.perf_counter() - started_s)
+    _do(["-m", "resume", "audit", str(base)])
+    _fine_tune("chat", base, "train/sft.py", SFT_CONFIG, num_gpus)
+    _fine_tune("pairs", sft, "train/dpo.py", DPO_CONFIG, num_gpus)
+    answers = {run: _answers(run) for run in (base, sft, dpo)}
+    choices = [str(dpo), str(RAW / "choices.jsonl"), "--shots", "0", "--scoring", "cloze", "--chat"]
+    _do(["-m", "evaluation.multiple_choice", *choices])
+    exported = dpo / "exported"
+    _do(["-m", "evaluation.export", str(dpo), str(exported)])
+    talk = _do(["-m", "evaluation.chat", str(exported), "--temperature", "0"], said=_questions(3))
+    _summarise(base, answers, exported, talk, time.perf_counter() - started_s)
     return 0
 
 
-def _folders() -> tuple[Path, Path]:
-    run = tomllib.loads(Path(CONFIG).read_text(encoding="utf-8"))["run"]["dir"]
-    data = tomllib.loads(Path(DATA_CONFIG).read_text(encoding="utf-8"))["output"]["folder"]
-    return Path(run), Path(data)
+def _run_folder(config: str) -> Path:
+    return Path(tomllib.loads(Path(config).read_text(encoding="utf-8"))["run"]["dir"])
 
 
-def pretrain_command(num_gpus: int) -> list[str]:
-    """How a machine with so many GPUs starts the run: torchrun on as many as the batch splits over, or plain Python."""
-    batch = tomllib.loads(Path(CONFIG).read_text(encoding="utf-8"))["data"]["batch_sequences"]
+def train_command(script: str, config: str, num_gpus: int) -> list[str]:
+    """How a machine with so many GPUs starts a run: torchrun on as many as the batch splits over, or plain Python."""
+    batch = tomllib.loads(Path(config).read_text(encoding="utf-8"))["data"]["batch_sequences"]
     num_ranks = max((n for n in range(1, num_gpus + 1) if batch % n == 0), default=1)
     if num_ranks == 1:
-        return ["train/pretrain.py", CONFIG]
+        return [script, config]
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
-    return [*torchrun, "train/pretrain.py", CONFIG, "--data.micro-batch-sequences", str(batch // num_ranks)]
+    return [*torchrun, script, config, "--data.micro-batch-sequences", str(batch // num_ranks)]
 
 
-def _do(arguments: Sequence[str], quiet: bool = False) -> str:
-    """Runs a Python command, prints it and (unless quiet) its output, and returns the output.
+def _fine_tune(kind: str, start: Path, script: str, config: str, num_gpus: int) -> None:
+    """Prepares conversations or pairs with the tokenizer of a run, and trains on them."""
+    data = ["--output", str(RAW.parent / kind), "--tokenizer", str(start), "--row-tokens", _ROW_TOKENS]
+    raw = str(RAW / f"{kind}.jsonl")
+    _do(["-m", "data_prep", "prepare-chat", raw, "--kind", kind, *data, "--validation-share", "0.05"])
+    _do(train_command(script, config, num_gpus))
+
+
+def _answers(run: Path) -> dict[str, float]:
+    """The figures of a model's answers to the questions that fine-tuning did not have."""
+    out = run / "eval" / "questions"
+    questions = ["evaluation.generated_answers", str(run), str(RAW / "questions.jsonl"), "--scoring", "exact"]
+    _do(["-m", *questions, "--max-new-tokens", "40", "--out", str(out)])
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))["questions"]
+
+
+def _questions(count: int) -> str:
+    """The first questions, as a person types them."""
+    lines = (RAW / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return "".join(json.loads(line)["prompt"] + "\n" for line in lines[:count])
+
+
+def _do(arguments: Sequence[str], said: str = "") -> str:
+    """Runs a Python command, which reads `said`; prints it and its output, and returns the output.
 
     Raises:
         SystemExit: the command failed.
     """
     _announce(arguments)
     process = _start(arguments)
+    assert process.stdin is not None
     assert process.stdout is not None
+    process.stdin.write(said)
+    process.stdin.close()
     output = []
     for line in process.stdout:
         output.append(line)
-        if not quiet:
-            print(line, end="", flush=True)
+        print(line, end="", flush=True)
     if process.wait():
         raise SystemExit(f"error: the command above ended with code {process.returncode}")
     return "".join(output)
@@ -112,35 +133,36 @@ def _train_and_stop(arguments: Sequence[str], run: Path) -> None:
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def _announce(arguments: Sequence[str]) -> None:
     print("\n>>> python " + " ".join(f'"{a}"' if " " in a else a for a in arguments), flush=True)
 
 
-def _summarise(run: Path, data: Path, exported: Path, samples: Sequence[str], elapsed_s: float) -> None:
-    validations = [record for record in read_metrics(run) if "validation_loss" in record]
+def _summarise(base: Path, answers: dict[Path, dict[str, float]], exported: Path, talk: str, elapsed_s: float) -> None:
+    validations = [record for record in read_metrics(base) if "validation_loss" in record]
     first, last = validations[0], validations[-1]
-    manifest = read_manifest(data)
-    held_out = [open_tokens(data / shard.file) for shard in manifest.shards if shard.split == "validation"]
     print("\n" + "=" * 80)
-    for prompt, sample in zip(PROMPTS, samples, strict=True):
-        print(f"--- {prompt!r} goes on:\n{sample.rstrip()}")
+    print(talk.rstrip())
     print("=" * 80)
     for name, value in (
-        ("checkpoint", checkpoint.latest(run)),
-        ("TensorBoard log", f"{run}/tensorboard   (tensorboard --logdir {run}/tensorboard)"),
-        ("report", run / "report.md"),
-        ("loss curve", run / "loss.png"),
+        ("pretrained model", checkpoint.latest(base)),
+        ("TensorBoard log", f"{base}/tensorboard   (tensorboard --logdir runs)"),
+        ("report", base / "report.html"),
         ("exported model", exported),
-        ("perplexity", f"{first['validation_perplexity']:,.1f} before, {last['validation_perplexity']:,.2f} after"),
-        ("loss", f"{last['validation_loss']:.3f} nats per token, held out"),
-        ("unigram entropy", f"{unigram_entropy(np.concatenate(held_out)):.3f} nats per token of the same text"),
-        ("bits per byte", f"{last['validation_bits_per_byte']:.3f}"),
+        ("perplexity", f"{first['validation_perplexity']:,.1f} before, {last['validation_perplexity']:,.3f} after"),
+        *((f"{run.name}", f"{_percent(found)} of 48 questions answered exactly") for run, found in answers.items()),
+        ("talk to it", f"python -m evaluation.chat {exported}"),
         ("time", f"{elapsed_s:.0f} s"),
     ):
         print(f"{name:<16} {value}")
+
+
+def _percent(figures: dict[str, float]) -> str:
+    return f"{figures['accuracy']:.1%}"
 
 
 if __name__ == "__main__":

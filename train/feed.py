@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from data_prep import publish
+from data_prep.chat.chat_folder import ChatFolder, read_chat_folder
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardError
+from evaluation.score import Annotate
 from resume import requests
 from resume import state as states
 from resume.ledger import Ledger, Quarantined
@@ -25,6 +27,7 @@ from resume.verify import Level, StatCache, check_files
 from train.config import RunConfig
 from train.loader import Loader, MicroBatch, rank_positions
 from train.ranks import Ranks
+from train.stages import mixture_of, portions_at
 
 SAMPLES = "samples"
 
@@ -40,15 +43,17 @@ class Feed:
         ledger: Ledger | None,
         listed: Sequence[DataFile],
         validation: Sequence[DataFile],
+        annotate: Callable[[Sequence[DataFile]], Annotate] | None = None,
     ):
         """Takes up the requests that wait, finds and checks the files, and begins to read.
 
-        `listed` are the training shards that the data folders' manifests list, `ledger` the books of the checkpoint.
+        `listed` are the training shards that the data folders' manifests list, `ledger` the books of the checkpoint,
+        `annotate` what adds to rows of files.
 
         Raises:
             DataError, ShardError: files are missing or changed, or trained on as well as held out.
         """
-        self._config, self._ranks, self._validation = config, ranks, validation
+        self._config, self._ranks, self._validation, self._annotate = config, ranks, validation, annotate
         self._run = Path(config.run.dir)
         self._cache = StatCache(self._run)
         self._notes: list[str] = []
@@ -118,10 +123,19 @@ class Feed:
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step, as many as on every rank; none after the end of the data."""
-        num_sequences = min(self._config.data.batch_sequences, self._end - self._next_sample)
-        per_round = self._ranks.world_size * self._config.data.micro_batch_sequences
+        num_sequences = min(self._batch_sequences, self._end - self._next_sample)
+        per_round = self._ranks.world_size * self._micro_batch
         self._next_sample += num_sequences
         return [next(self._loader) for _ in range(-(-num_sequences // per_round))]
+
+    @property
+    def is_between_rollouts(self) -> bool:
+        """Whether a run may be saved here and go on exactly."""
+        return True
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What is to be logged of the data of a step."""
+        return {}
 
     def advanced(self, state: DataState, num_targets: int) -> DataState:
         """The state after the step that was read last."""
@@ -178,12 +192,26 @@ class Feed:
         """
         changed = self._with_requests(state)
         if changed is not state:
-            self._reading.close()
-            self._begin(changed)
+            self._read_on(changed)
             self._ledger = self._ledger.moved_to(self._order.file_ids)
             if self._ranks.is_first:
                 _write_paths(self._run, self._files)
         return changed
+
+    def take_portions(self, state: DataState, sequence_length: int, batch_sequences: int) -> DataState:
+        """Reads on from a state with steps of so many samples of so many targets; every rank calls it.
+
+        Raises:
+            DataError: that would lose tokens.
+        """
+        Order(state).refuse_losing_length(sequence_length)
+        changed = states.set_batch(state, batch_sequences, sequence_length)
+        self._read_on(changed)
+        return changed
+
+    def _read_on(self, state: DataState) -> None:
+        self._reading.close()
+        self._begin(state)
 
     def _with_requests(self, state: DataState) -> DataState:
         """The state after the requests that wait; the same object if none does."""
@@ -211,8 +239,23 @@ class Feed:
                 for file_id, path in files.items()
             }
             refuse_overlap(hints.values(), self._validation)
-            self._files |= self._opened([hints], "headtail")
+            new = self._opened([hints], "headtail")
+            self._ranks.together(lambda: self._refuse_unfit(list(new.values())))
+            self._files |= new
         return changed
+
+    def _refuse_unfit(self, files: Sequence[DataFile]) -> None:
+        """Refuses shards whose rows are not of the run's kind, or lack what its objective wants beside tokens."""
+        own = read_chat_folder(self._run)
+        for folder in dict.fromkeys(file.path.parent.parent for file in files):
+            theirs = read_chat_folder(folder)
+            mixes_text = theirs is None and (own is None or own.kind == "chat")
+            if theirs != own and not mixes_text:
+                raise DataError(
+                    f"{folder} holds {_rows_in_words(theirs)}, the run trains {_rows_in_words(own)}; prepare it so"
+                )
+        if self._annotate is not None:
+            self._annotate(files)
 
     def _opened(self, places: Sequence[Mapping[str, DataFile]], level: Level) -> dict[str, DataFile]:
         """Finds and checks the files that the last of `places` lists; all ranks fail if one does."""
@@ -246,17 +289,20 @@ class Feed:
             on_bad_sample=data.on_bad_sample,
             group_samples=state.samples_per_group,
         )
+        annotate = self._annotate(files) if self._annotate is not None else None
         # Not before, as it may fail: what is saved then are the books of the old order.
         self._order, self._reader = order, reader
         self._num_targets = np.array([file.num_targets for file in files])
+        self._batch_sequences = state.batch.batch_sequences
+        self._micro_batch = self._config.micro_batch_at(state.sequence_length)
         steps_left = max(0, self._config.run.num_steps - state.step)
-        wanted = state.position + steps_left * data.batch_sequences // state.samples_per_group
+        wanted = state.position + steps_left * self._batch_sequences // state.samples_per_group
         self._next_sample = state.first_sample
         self._end = self._order.extend(wanted) * state.samples_per_group
         positions = rank_positions(
             self._next_sample,
-            batch_sequences=data.batch_sequences,
-            micro_batch=data.micro_batch_sequences,
+            batch_sequences=self._batch_sequences,
+            micro_batch=self._micro_batch,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             end=self._end,
@@ -265,11 +311,18 @@ class Feed:
             Order(state),
             self._reader,
             positions,
-            micro_batch=data.micro_batch_sequences,
+            micro_batch=self._micro_batch,
             isolate_documents=data.isolate_documents,
             pin_memory=self._ranks.device.type == "cuda",
+            annotate=annotate,
         )
         self._loader = self._reading.enter_context(loader)
+
+
+def _rows_in_words(rows: ChatFolder | None) -> str:
+    if rows is None:
+        return "text"
+    return f"{rows.kind} in rows of {rows.row_tokens} tokens ({rows.chat_format.name})"
 
 
 def fresh_state(config: RunConfig, manifest: Manifest, training: Sequence[DataFile]) -> DataState:
@@ -281,17 +334,18 @@ def fresh_state(config: RunConfig, manifest: Manifest, training: Sequence[DataFi
     files: dict[str, list[str]] = {}
     for file in training:
         files.setdefault(file.source, []).append(file.file_id)
+    sequence_length, batch_sequences = portions_at(config, 0)
     return states.start(
         files,
         seed=config.run.seed,
-        sequence_length=config.data.sequence_length,
-        batch_sequences=config.data.batch_sequences,
+        sequence_length=sequence_length,
+        batch_sequences=batch_sequences,
         tokenizer_digest=manifest.tokenizer_digest,
         eos_id=manifest.eos_id,
         token_bytes=training[0].dtype.itemsize,
-        group_tokens=config.data.group_tokens,
+        group_tokens=config.group_tokens,
         window_groups=config.data.window_groups,
-        mixture=config.data.mixture,
+        mixture=mixture_of(config),
         max_epochs=parse_max_epochs(config.data.max_epochs),
         when_exhausted=config.data.when_exhausted,
     )

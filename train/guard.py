@@ -58,6 +58,11 @@ class Guard:
             return Verdict("rollback", f"{cause}; step {self._num_in_a_row} in a row that could not be applied")
         return Verdict(policy, cause)
 
+    def forget(self) -> None:
+        """Begins to learn anew what losses are usual: those of other data are."""
+        self._losses.clear()
+        self._grad_norms.clear()
+
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint holds of the guard; floats survive JSON exactly."""
         return {

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.batch import Batch, TokenRows, as_unsigned, empty_rows, token_rows
+from evaluation.score import Annotate, rows_of
+from model.batch import Batch, TokenRows, as_unsigned, empty_rows
 from resume.order import Order
 from resume.samples import NO_SAMPLE, SampleReader
 
@@ -64,6 +65,16 @@ class MicroBatch:
         """Targets of all rows together."""
         return self.rows.num_targets
 
+    @property
+    def num_units(self) -> int:
+        """See `TokenRows.num_units`."""
+        return self.rows.num_units
+
+    @property
+    def num_tokens(self) -> int:
+        """See `TokenRows.num_tokens`."""
+        return self.rows.num_tokens
+
     def to(self, device: torch.device) -> Batch:
         """What the model reads, on a device."""
         return self.rows.to(device)
@@ -93,14 +104,17 @@ class Loader:
         micro_batch: int,
         isolate_documents: bool = False,
         pin_memory: bool = False,
+        annotate: Annotate | None = None,
     ):
         """Positions come in arrays of at most `micro_batch`, which is the number of rows of every micro-batch."""
+        self._annotate = annotate
         self._order, self._reader, self._positions = order, reader, positions
         self._micro_batch = micro_batch
         self._isolate_documents = isolate_documents
         self._pin_memory = pin_memory
         row_bytes = (reader.sequence_length + 1) * reader.dtype.itemsize
-        self._micro_batches_per_piece = max(1, _PIECE_BYTES // (row_bytes * micro_batch))
+        # What is added to tokens may be a hundred times as large as they are.
+        self._micro_batches_per_piece = 1 if annotate else max(1, _PIECE_BYTES // (row_bytes * micro_batch))
         # One piece is waiting while the next is read.
         self._ready: queue.Queue[list[MicroBatch] | Exception] = queue.Queue(maxsize=1)
         self._current: collections.deque[MicroBatch] = collections.deque()
@@ -154,20 +168,16 @@ class Loader:
     def _read(self, piece: _Piece) -> list[MicroBatch]:
         rows = empty_rows(len(piece.files), self._reader.sequence_length, self._reader.dtype.itemsize, self._pin_memory)
         read = self._reader.read_into(piece.files, piece.samples, as_unsigned(rows))
-        row_targets = read.num_targets.tolist()
         micro_batches: list[MicroBatch] = []
         for i, (positions, tokens) in enumerate(zip(piece.positions, rows.split(self._micro_batch))):
             first = i * self._micro_batch
             end, full_end = first + len(positions), first + self._micro_batch
             bad = [(int(piece.files[r]), int(piece.samples[r])) for r in read.bad_rows if first <= r < end]
-            files, samples = piece.files[first:end], piece.samples[first:end]
-            micro_batches.append(
-                MicroBatch(self._token_rows(tokens, row_targets[first:full_end]), positions, files, samples, bad)
-            )
+            batch = rows_of(self._reader, tokens, read, slice(first, full_end), self._isolate_documents)
+            if self._annotate is not None:
+                batch = self._annotate(batch, piece.files[first:full_end], piece.samples[first:full_end])
+            micro_batches.append(MicroBatch(batch, positions, piece.files[first:end], piece.samples[first:end], bad))
         return micro_batches
-
-    def _token_rows(self, tokens: torch.Tensor, row_targets: list[int]) -> TokenRows:
-        return token_rows(tokens, row_targets, eos_id=self._reader.eos_id, isolate_documents=self._isolate_documents)
 
     def _announced_pieces(self) -> Iterator[_Piece]:
         """Pieces in order, each after enough of those behind it have been announced to the kernel."""

@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.config_file import to_toml
-from evaluation.score import Score
 from kernels.cross_entropy import IGNORE
 from model.balance import RoutingLog, apply_counts, set_load
 from model.batch import Batch
@@ -30,11 +29,13 @@ from train.feed import Feed
 from train.guard import Guard, Verdict
 from train.loader import MicroBatch
 from train.metrics import RunLog, StepRecord, memory_gib, named
+from train.objectives import Objective, Outcome
 from train.optim import clip_factor, scale_gradients, set_learning_rate, squared_grad_norm, state_tensors
+from train.patience import Patience
 from train.ranks import Ranks, device_name
-from train.schedule import learning_rate
 from train.sharding import reshard, sync_gradients
 from train.signals import StopRequest
+from train.stages import Stage, describe, portions_at, rate_at, stage_at
 from train.watch import Watch
 
 # Steps between collections of reference cycles.
@@ -47,8 +48,18 @@ class HostBatch(Protocol):
     """A micro-batch before it is on the device."""
 
     @property
+    def num_tokens(self) -> int:
+        """Inputs that are computed."""
+        ...
+
+    @property
     def num_targets(self) -> int:
         """Targets of all its rows."""
+        ...
+
+    @property
+    def num_units(self) -> int:
+        """What the loss sum is divided by: its targets, or its pairs of answers."""
         ...
 
     def to(self, device: torch.device) -> Batch:
@@ -56,8 +67,29 @@ class HostBatch(Protocol):
         ...
 
 
-Objective = Callable[[nn.Module, Batch, RoutingLog | None], Tensor]
-"""(model, batch, routing) -> the sum of a loss over the batch's targets; it hands `routing` to the model it trains."""
+class Counts(NamedTuple):
+    """What all ranks' micro-batches of a step hold; see HostBatch."""
+
+    num_tokens: int
+    num_targets: int
+    num_units: int
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[HostBatch]) -> "Counts":
+        """Of one rank's micro-batches."""
+        return cls(*(sum(getattr(batch, name) for batch in micro_batches) for name in cls._fields))
+
+
+class Validation(Protocol):
+    """Judges the model on what is held out."""
+
+    def sums(self) -> list[float]:
+        """Over this rank's share; they add up over ranks."""
+        ...
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """What the sums over all ranks say, "loss" first, by the name under which it is logged."""
+        ...
 
 
 class NotFiniteError(ValueError):
@@ -84,7 +116,7 @@ class Progress:
 class Trainer:
     """The parts of a run, as the loop uses them.
 
-    `log` is None on all ranks but the first, `validate` where nothing is held out; a validation's sums are this rank's.
+    `log` is None on all ranks but the first, `validation` where nothing is held out.
     """
 
     config: RunConfig
@@ -92,12 +124,14 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     feed: Feed
-    objective: Objective
-    validate: Callable[[], Score] | None
+    objective_at: Callable[[int], Objective]
+    """What a step, from 0, minimises."""
+    validation: Validation | None
     log: RunLog | None
     stop: StopRequest
     saver: Saver
     guard: Guard
+    patience: Patience
     watch: Watch
     faults: Faults
     num_failed_saves: int = 0
@@ -111,8 +145,10 @@ class StepOutcome:
     """What one step did, the same on every rank."""
 
     loss_mean: float
+    means: dict[str, float]
+    """Of what else the objective sums, over the units of the step."""
     grad_norm: float
-    num_targets: int
+    counts: Counts
     verdict: Verdict
     stop_requested: bool
     routing: StepRouting | None
@@ -143,39 +179,46 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
         DataError, ShardError: a rank cannot read; what was trained until then is saved.
     """
     run = trainer.config.run
-    stop_requested, saved_step = False, progress.step
+    stop_requested, wants_save, saved_step, stage = False, False, progress.step, None
     if progress.step == 0:
         _validate(trainer, progress)
-    while progress.step < run.num_steps and not stop_requested:
+    while progress.step < run.num_steps:
+        if (stop_requested or trainer.patience.is_over) and trainer.feed.is_between_rollouts:
+            break
         started_s = time.perf_counter()
         trainer.watch.at("data", progress.step + 1)
+        progress, stage = _enter_stage(trainer, progress, stage, is_saved=saved_step == progress.step)
         trainer.faults.before_step(progress.step + 1)
         if trainer.faults.is_corrupt(progress.step + 1):
             trainer.feed.spoil_next()
         rng.seed_step(run.seed, progress.step)
-        rate = learning_rate(trainer.config.optim, progress.step, run.num_steps)
-        micro_batches, num_targets = _read(trainer, progress, is_saved=saved_step == progress.step)
+        rate = rate_at(trainer.config, progress.step)
+        micro_batches, counts = _read(trainer, progress, is_saved=saved_step == progress.step)
         if not micro_batches:
             progress = _take_up(trainer, progress, is_saved=saved_step == progress.step)
             if not trainer.feed.has_ended:
                 continue  # what was appended meanwhile
             _end_of_data(trainer, progress, is_saved=saved_step == progress.step)
             break
-        outcome = train_step(trainer, micro_batches, num_targets, rate, progress.step + 1)
+        outcome = train_step(trainer, micro_batches, counts, rate, progress.step + 1)
         # The cursor moves here and nowhere else: read-ahead that no step has committed is read again after a resume.
         trained, first_sample = (
-            outcome.num_targets if outcome.verdict.action == "apply" else 0,
+            counts.num_targets if outcome.verdict.action == "apply" else 0,
             progress.data.first_sample,
         )
         progress = Progress(progress.step + 1, trainer.feed.advanced(progress.data, trained))
         trainer.feed.book(micro_batches, progress.step, outcome.verdict.action == "apply")
-        _log_step(trainer, progress, outcome, rate, time.perf_counter() - started_s)
+        _log_step(trainer, progress, outcome, rate, time.perf_counter() - started_s, stage)
         _obey(trainer, progress, outcome.verdict, range(first_sample, progress.data.first_sample))
         stop_requested = outcome.stop_requested
         is_last = progress.step == run.num_steps
+        is_best = False
         if is_last or progress.step % run.validate_every == 0:
-            _validate(trainer, progress)
-        if is_last or stop_requested or progress.step % run.save_every == 0:
+            is_best = _validate(trainer, progress)
+            is_last |= trainer.patience.is_over
+        wants_save |= is_best or is_last or stop_requested or progress.step % run.save_every == 0
+        if wants_save and trainer.feed.is_between_rollouts:
+            wants_save = False
             progress = _take_up(trainer, progress, is_saved=False)
             save(trainer, progress, outcome.loss_mean)
             saved_step = progress.step
@@ -187,33 +230,37 @@ def train(trainer: Trainer, progress: Progress) -> Progress:
 
 
 def train_step(
-    trainer: Trainer, micro_batches: Sequence[HostBatch], num_targets: int, rate: float, step: int
+    trainer: Trainer, micro_batches: Sequence[HostBatch], counts: Counts, rate: float, step: int
 ) -> StepOutcome:
-    """One optimizer step over this rank's micro-batches, num_targets on all ranks: the run's step-th, counted from 1.
+    """One optimizer step over this rank's micro-batches, which all ranks count: the run's step-th, from 1.
 
-    Losses and gradients are sums over all ranks and micro-batches, divided once by the global number of targets. A step
+    Losses and gradients are sums over all ranks and micro-batches, divided once by the global number of units. A step
     that the guard does not let pass leaves parameters and moments as they were, on every rank.
     """
     model, ranks = trainer.model, trainer.ranks
-    divisor = max(1, num_targets)  # a step may have no targets, if all its samples are quarantined
+    num_units = max(1, counts.num_units)  # a step may have none, if all its samples are quarantined
     routing = StepRouting.none(trainer.config.model, ranks.device) if keeps_books(trainer.config.model) else None
     if routing is not None and trainer.config.model.moe.balance == "switch":
         _count_picks(trainer, micro_batches, step)
-    loss_sum = accumulate_gradients(trainer, micro_batches, divisor, step, routing)
+    outcome = accumulate_gradients(trainer, micro_batches, counts, step, routing)
     trainer.watch.at("reduce", step)
     # One collective and one wait for the device per step: loss, gradient norm, whether anyone was told to stop, and
     # what the routers did.
-    total_loss, squared_norm, num_stops, *routed = ranks.sum_all(
+    total_loss, squared_norm, num_stops, *others = ranks.sum_all(
         [
-            loss_sum,
+            outcome.loss_sum,
             squared_grad_norm(model, ranks.rank),
             float(trainer.stop.is_set),
+            *outcome.sums.values(),
             *(routing.tensors() if routing is not None else ()),
         ]
     )
-    routing = routing.from_numbers(routed) if routing is not None else None
+    means = {name: others.pop(0) / num_units for name in outcome.sums}
+    routing = routing.from_numbers(others) if routing is not None else None
     grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-    verdict = trainer.guard.judge(total_loss / divisor, grad_norm) if num_targets else Verdict("skip", "no targets")
+    verdict = (
+        trainer.guard.judge(total_loss / num_units, grad_norm) if counts.num_units else Verdict("skip", "no targets")
+    )
     if verdict.action == "apply":
         factor = clip_factor(grad_norm, trainer.config.optim.max_grad_norm)
         if factor < 1.0:
@@ -224,9 +271,10 @@ def train_step(
             apply_counts(model, routing.counts)
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepOutcome(
-        loss_mean=total_loss / divisor,
+        loss_mean=total_loss / num_units,
+        means=means,
         grad_norm=grad_norm,
-        num_targets=num_targets,
+        counts=counts,
         verdict=verdict,
         stop_requested=num_stops > 0,
         routing=routing,
@@ -236,29 +284,36 @@ def train_step(
 def accumulate_gradients(
     trainer: Trainer,
     micro_batches: Sequence[HostBatch],
-    divisor: int,
+    counts: Counts,
     step: int,
     routing: StepRouting | None = None,
-) -> Tensor:
-    """Adds the gradients of losses / divisor to the model's and returns this rank's loss sum, on the device.
+) -> Outcome:
+    """Adds the gradients of losses / units to the model's and returns this rank's sums, on the device.
 
-    With `routing`, what the routers do is added to it, and their penalties to the loss of each micro-batch, though not
-    to the sum that is returned. Nothing in here waits for the device, so that it always has the next kernels queued.
+    With `routing`, what the routers do is added to it, and their penalties, means over targets, to the loss of each
+    micro-batch, though not to the sum that is returned. Nothing in here waits for the device, so that it always has the
+    next kernels queued.
     """
     model, device = trainer.model, trainer.ranks.device
+    num_units, num_targets = max(1, counts.num_units), max(1, counts.num_targets)
+    totals: dict[str, Tensor] = {}
+    objective = trainer.objective_at(step - 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro_batches):
         trainer.watch.at("forward", step)
         sync_gradients(model, is_last=i == len(micro_batches) - 1)
         on_device = batch.to(device)
         log = _routing_log(trainer, on_device, step) if routing is not None else None
-        micro_loss_sum = trainer.faults.on_loss(trainer.objective(model, on_device, log), step)
-        penalty_sum = log.penalty_sum if log is not None else 0.0
-        ((micro_loss_sum + penalty_sum) / divisor).backward()
+        outcome = objective(model, on_device, log)
+        micro_loss_sum = trainer.faults.on_loss(outcome.loss_sum, step)
+        penalty = log.penalty_sum / num_targets if log is not None else 0.0
+        (micro_loss_sum / num_units + penalty).backward()
         loss_sum += micro_loss_sum.detach()
+        for name, value in outcome.sums.items():
+            totals[name] = totals[name] + value.double() if name in totals else value.double()
         if routing is not None and log is not None:
             routing.add_(log)
-    return loss_sum
+    return Outcome(loss_sum, totals)
 
 
 def _routing_log(trainer: Trainer, batch: Batch, step: int) -> RoutingLog:
@@ -300,6 +355,7 @@ def save(trainer: Trainer, progress: Progress, loss: float | None = None) -> Non
         "data": data,
         "trained": trainer.feed.books(),
         "guard": trainer.guard.to_json(),
+        "patience": trainer.patience.to_json(),
         "rng": rng.record(config.run.seed),
     }
     tensors = state_tensors(trainer.model, trainer.optimizer)
@@ -325,8 +381,8 @@ def log_notes(trainer: Trainer) -> None:
             trainer.log.note(note)
 
 
-def _read(trainer: Trainer, progress: Progress, is_saved: bool) -> tuple[list[MicroBatch], int]:
-    """This rank's micro-batches of the next step, and the targets of all ranks.
+def _read(trainer: Trainer, progress: Progress, is_saved: bool) -> tuple[list[MicroBatch], Counts]:
+    """This rank's micro-batches of the next step, and what all ranks' hold.
 
     If a rank cannot read, all save what they have and raise its error.
     """
@@ -338,19 +394,46 @@ def _read(trainer: Trainer, progress: Progress, is_saved: bool) -> tuple[list[Mi
     except (ValueError, OSError) as caught:
         error = caught
     trainer.watch.at("agree", progress.step + 1)
-    mine = sum(batch.num_targets for batch in micro_batches)
-    num_targets, num_failed = trainer.ranks.sum_ints(mine, int(error is not None))
+    num_failed, *totals = trainer.ranks.sum_ints(int(error is not None), *Counts.of(micro_batches))
     if num_failed:
         _save_all(trainer, progress, is_saved)
         trainer.watch.at("agree", progress.step + 1)
         trainer.ranks.raise_first(error)
-    return micro_batches, num_targets
+    return micro_batches, Counts(*totals)
 
 
 def _take_up(trainer: Trainer, progress: Progress, is_saved: bool) -> Progress:
-    """Progress after the requests that wait; if a rank cannot read on then, as if it could not read a step."""
+    """Progress after the requests that wait."""
+    return _reading_on(trainer, progress, lambda: trainer.feed.take_up(progress.data), is_saved)
+
+
+def _enter_stage(
+    trainer: Trainer, progress: Progress, last: Stage | None, is_saved: bool
+) -> tuple[Progress, Stage | None]:
+    """Progress with samples as long as the stage of the next step wants them, and that stage.
+
+    It asks nothing but the number of the step, so that a run that is resumed at a boundary does there what another did.
+    """
+    config = trainer.config
+    stage = stage_at(config, progress.step)
+    if stage is None or stage == last:
+        return progress, stage
+    if trainer.log is not None:
+        trainer.log.note(f"stage {stage.number} of {len(config.stage)}: {describe(config, stage)}")
+    if stage.first_step == progress.step:
+        trainer.guard.forget()
+    portions, batch = portions_at(config, progress.step), progress.data.batch
+    if portions != (batch.sequence_length, batch.batch_sequences):
+        progress = _reading_on(
+            trainer, progress, lambda: trainer.feed.take_portions(progress.data, *portions), is_saved
+        )
+    return progress, stage
+
+
+def _reading_on(trainer: Trainer, progress: Progress, change: Callable[[], DataState], is_saved: bool) -> Progress:
+    """Progress after a change of the data; if a rank cannot read on then, as if it could not read a step."""
     try:
-        return Progress(progress.step, trainer.ranks.together(lambda: trainer.feed.take_up(progress.data)))
+        return Progress(progress.step, trainer.ranks.together(change))
     except (ValueError, OSError):
         _save_all(trainer, progress, is_saved)
         raise
@@ -421,15 +504,24 @@ def _end_of_data(trainer: Trainer, progress: Progress, is_saved: bool) -> None:
         trainer.log.note(message)
 
 
-def _validate(trainer: Trainer, progress: Progress) -> None:
-    if trainer.validate is None:
-        return
+def _validate(trainer: Trainer, progress: Progress) -> bool:
+    """Judges and logs; whether the run waits for its best checkpoint, and this is the best so far."""
+    if trainer.validation is None:
+        return False
     trainer.watch.at("validate", progress.step)
-    mine = trainer.validate()
+    mine = trainer.validation.sums()
     reshard(trainer.model)
-    score = Score(*trainer.ranks.sum_all([mine.loss_sum, mine.num_targets, mine.num_bytes]))
+    figures = trainer.validation.figures(trainer.ranks.sum_all(mine))
     if trainer.log is not None:
-        trainer.log.validation(progress.step, score.loss_mean, score.perplexity, score.bits_per_byte)
+        trainer.log.validation(progress.step, figures)
+    is_best = trainer.patience.judge(progress.step, figures["loss"])
+    trainer.saver.protected = trainer.patience.best_steps
+    if trainer.patience.is_over and trainer.log is not None:
+        trainer.log.note(
+            f"no lower held-out loss for {trainer.patience.num_worse} validations: the run ends. The best was at step "
+            f"{trainer.patience.best_step}, whose checkpoint is kept"
+        )
+    return is_best
 
 
 def _expert_record(trainer: Trainer, step: int, routing: StepRouting | None) -> dict[str, Any] | None:
@@ -439,15 +531,18 @@ def _expert_record(trainer: Trainer, step: int, routing: StepRouting | None) -> 
     return expert_record(trainer.model, trainer.config.model, routing, with_loads=with_loads)
 
 
-def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: float, step_s: float) -> None:
+def _log_step(
+    trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: float, step_s: float, stage: Stage | None
+) -> None:
     if trainer.log is None:
         return
     config, ranks = trainer.config, trainer.ranks
-    speed = outcome.num_targets / step_s / ranks.world_size
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    speed = outcome.counts.num_tokens / step_s / ranks.world_size
+    flops = flops_per_token(config.model, trainer.feed.order.sequence_length)
     record = StepRecord(
         step=progress.step,
         loss=outcome.loss_mean,
+        means={**outcome.means, **trainer.feed.figures(progress.step)},
         learning_rate=rate,
         grad_norm=outcome.grad_norm,
         tokens_per_s_per_device=speed,
@@ -457,6 +552,7 @@ def _log_step(trainer: Trainer, progress: Progress, outcome: StepOutcome, rate: 
         tokens_seen=progress.data.tokens_seen,
         epoch=max(trainer.feed.order.progress(progress.data.position).values()),
         skipped=outcome.verdict.action != "apply",
+        stage=stage.number if stage is not None else None,
         experts=_expert_record(trainer, progress.step, outcome.routing),
     )
     trainer.log.step(record, config.run.num_steps)

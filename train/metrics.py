@@ -12,6 +12,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from data_prep import publish
-from evaluation.report import read_metrics
+from evaluation.metrics_file import read_metrics
 from resume.saver import Saved
 
 _TENSORBOARD_TAGS = {
@@ -35,9 +36,6 @@ _TENSORBOARD_TAGS = {
     "epoch": "data/epoch",
     "save_stall_s": "perf/save_stall_s",
     "save_s": "perf/save_s",
-    "validation_loss": "validation/loss",
-    "validation_perplexity": "validation/perplexity",
-    "validation_bits_per_byte": "validation/bits_per_byte",
 }
 
 
@@ -56,6 +54,10 @@ class StepRecord:
     tokens_seen: int
     epoch: float
     skipped: bool = False
+    means: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What else the objective measures, as means over its units; TensorBoard's tags are train/<name>."""
+    stage: int | None = None
+    """From 1, of a run that has stages."""
     experts: dict[str, Any] | None = None
     """See `train.experts.expert_record`."""
 
@@ -75,6 +77,12 @@ class RunLog:
     def step(self, record: StepRecord, num_steps: int) -> None:
         """Logs one step everywhere and prints its line."""
         values = dataclasses.asdict(record)
+        if not record.means:
+            del values["means"]
+        for name, value in record.means.items():
+            self._board.add_scalar(f"train/{name}", value, record.step)
+        if record.stage is None:
+            del values["stage"]
         if record.experts is None:
             del values["experts"]
         else:
@@ -84,18 +92,13 @@ class RunLog:
         self._mean_step_s = 0.95 * self._mean_step_s + 0.05 * record.step_s if self._mean_step_s else record.step_s
         print(format_step(record, num_steps, self._mean_step_s * (num_steps - record.step)), flush=True)
 
-    def validation(self, step: int, loss: float, perplexity: float, bits_per_byte: float) -> None:
+    def validation(self, step: int, figures: Mapping[str, float]) -> None:
         """Logs one validation everywhere and prints its line."""
-        values = {
-            "validation_loss": loss,
-            "validation_perplexity": perplexity,
-            "validation_bits_per_byte": bits_per_byte,
-        }
-        self._write({"step": step, **values})
-        print(
-            f"valid {step:>7,}  loss {loss:.4f}  perplexity {perplexity:,.2f}  bits/byte {bits_per_byte:.4f}",
-            flush=True,
-        )
+        self._write({"step": step, **{f"validation_{name}": value for name, value in figures.items()}})
+        for name, value in figures.items():
+            self._board.add_scalar(f"validation/{name}", value, step)
+        line = "  ".join(f"{name.replace('_per_', '/')} {value:,.4f}" for name, value in figures.items())
+        print(f"valid {step:>7,}  {line}", flush=True)
 
     def event(self, step: int, action: str, cause: str, samples: range) -> None:
         """Logs what the guard found in a step, and which positions of the data order the step read."""
@@ -166,6 +169,7 @@ def format_step(record: StepRecord, num_steps: int, seconds_left: float) -> str:
         f"step {record.step:>8,}/{num_steps:,}  loss {record.loss:7.4f}  lr {record.learning_rate:.2e}  "
         f"gnorm {record.grad_norm:7.3f}  {record.tokens_per_s_per_device:>9,.0f} tok/s/dev  mfu {mfu}  "
         f"mem {record.memory_gib:5.1f} GiB  eta {format_duration(seconds_left)}"
+        + "".join(f"  {name} {value:.3f}" for name, value in record.means.items())
         + ("  NOT APPLIED" if record.skipped else "")
     )
 

@@ -1,10 +1,25 @@
-"""What is minimised: pure functions (model, batch) -> sum over targets. The loop divides, once, by the global count."""
+"""What is minimised: pure functions of model and batch that return sums. The loop divides once, by the global count."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.balance import RoutingLog
 from model.batch import Batch
+
+
+class Outcome(NamedTuple):
+    """What an objective says of a batch, as sums over its units: targets, or pairs of answers."""
+
+    loss_sum: Tensor
+    sums: Mapping[str, Tensor] = {}
+    """Without gradients; their means over the units of a step are logged under these names."""
+
+
+Objective = Callable[[nn.Module, Batch, RoutingLog | None], Outcome]
+"""(model, batch, routing) -> sums over the batch's units; it hands `routing` to the model that it trains."""
 
 
 def next_token_loss(
@@ -15,12 +30,12 @@ def next_token_loss(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     soft_cap: float | None = None,
-) -> Tensor:
+) -> Outcome:
     """The sum of -log p(target) over the batch's targets, and of what the options of `cross_entropy_rows` add.
 
     What the experts of a mixture got to do is written into `routing`; its penalty is not part of the result.
     """
-    return model(
+    loss_sum = model(
         batch.tokens,
         batch.boundaries,
         routing=routing,
@@ -28,3 +43,4 @@ def next_token_loss(
             hidden_BTD, head_VD, batch.targets, z_loss=z_loss, label_smoothing=label_smoothing, soft_cap=soft_cap
         ),
     )
+    return Outcome(loss_sum)

@@ -17,8 +17,9 @@ def make_optimizer(model: nn.Module, config: OptimSection, exact: bool = False) 
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    plain = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -26,7 +27,7 @@ def make_optimizer(model: nn.Module, config: OptimSection, exact: bool = False) 
     optimizer = torch.optim.AdamW(
         groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=not exact
     )
-    for p in model.parameters():
+    for p in trained:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=local_part(p).device),
             "exp_avg": torch.zeros_like(p),
@@ -39,6 +40,8 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping
     """Everything that training changes, by name: `model.<parameter>` and `optim.<parameter>.<state>`."""
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue  # beside adapters: it stays what the run started from
         # A gathered copy in a parameter's place would be saved as the parameter, without moments.
         assert p in optimizer.state, f"{name} is not what the optimizer updates"
         tensors[f"model.{name}"] = p.detach()

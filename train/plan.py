@@ -1,4 +1,4 @@
-"""The dry run: what a run will compute, hold and write, by arithmetic, before anything is allocated."""
+"""What a run will hold and write, by arithmetic, and what is refused by it before anything is allocated."""
 
 import dataclasses
 import os
@@ -8,18 +8,19 @@ from typing import Literal
 
 import torch
 
-from data_prep.config_file import ConfigError, to_toml
+from data_prep.config_file import ConfigError
 from data_prep.manifest import Manifest
 from kernels.linear_cross_entropy import default_chunk_rows
 from model.config import ModelConfig
-from model.flops import flops_per_token, num_active_params, num_params
+from model.flops import num_params
 from resume import checkpoint
 from train.config import RunConfig
 from train.sharding import compute_dtype, reshards_after_forward
+from train.stages import at_longest
 
 _GIB = 2**30
-# What the allocator, the framework and the collectives take beside the tensors counted here.
-_RESERVE_BYTES = 1 * _GIB
+RESERVE_BYTES = 1 * _GIB
+"""What the allocator, the framework and the collectives take beside the tensors counted here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,36 +174,6 @@ def device_memory_bytes(device_type: str, local_world_size: int) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size
 
 
-def describe(config: RunConfig, manifest: Manifest | None, device_type: str, world_size: int) -> str:
-    """The plan as text: resolved config, sizes, and what will be written."""
-    dtype = compute_dtype(config.parallel, torch.device(device_type))
-    memory = estimate_memory(config, device_type, world_size)
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    tokens = config.batch_tokens * config.run.num_steps
-    num_checkpoints = _num_checkpoints(config)
-    one_checkpoint = checkpoint_bytes(config.model, dtype)
-    for_ever = config.run.num_steps // config.run.keep_every if config.run.keep_every is not None else 0
-    num_kept = min(num_checkpoints, config.run.keep_checkpoints + for_ever)
-    rows = [
-        ("devices", f"{world_size}, {config.num_micro_batches(world_size)} micro-batches per step each, {dtype}"),
-        ("parameters", f"{num_params(config.model):,}" + _active(config.model)),
-        ("model FLOPs", f"{flops:.4g} per token, {flops * tokens:.3g} in all"),
-        ("tokens", f"{config.batch_tokens:,} per step, {tokens:,} in all"),
-        ("data", _describe_data(config, manifest)),
-        *((name.replace("_", " "), _gib(value)) for name, value in dataclasses.asdict(memory).items()),
-        ("memory per device", f"{_gib(memory.total)} (estimate, plus about {_gib(_RESERVE_BYTES)} of the framework)"),
-        ("checkpoints", f"{num_checkpoints} of {_gib(one_checkpoint)}"),
-        ("disk", f"{_gib(one_checkpoint * (num_kept + 1))} in {config.run.dir} ({num_kept} kept, one being written)"),
-    ]
-    if config.run.async_save:
-        num_shards = world_size // config.parallel.replicas
-        rows.append(
-            ("host memory", f"{_gib(one_checkpoint // num_shards)} per process for the copy that is being saved")
-        )
-    lines = [f"{name:<18} {value}" for name, value in rows]
-    return to_toml(config) + "\n" + "\n".join(lines)
-
-
 def notes(config: RunConfig, manifest: Manifest | None, world_size: int) -> list[str]:
     """What runs, but is probably not meant."""
     found = []
@@ -257,11 +228,11 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     """
     refuse_uneven(config, world_size)
     dtype = compute_dtype(config.parallel, torch.device(device_type))
-    needed = estimate_memory(config, device_type, world_size).total + _RESERVE_BYTES
+    needed = estimate_memory(at_longest(config), device_type, world_size).total + RESERVE_BYTES
     available = device_memory_bytes(device_type, local_world_size)
     if available is not None and needed > available:
         raise ConfigError(
-            f"one step needs about {_gib(needed)} per device, this machine has {_gib(available)} for each of its "
+            f"one step needs about {gib(needed)} per device, this machine has {gib(available)} for each of its "
             f"{local_world_size} process(es); lower --data.micro-batch-sequences "
             f"(now {config.data.micro_batch_sequences}), set --parallel.recompute cheap or blocks, use more devices, "
             "or choose a smaller model"
@@ -272,31 +243,22 @@ def refuse_impossible(config: RunConfig, device_type: str, world_size: int, loca
     free = shutil.disk_usage(folder).free
     # One is written beside those that are kept. Of those that are there already no more count than will make room:
     # run.keep_every may keep others for ever.
-    num_to_come = min(config.run.keep_checkpoints + 1, _num_checkpoints(config)) - min(
+    num_to_come = min(config.run.keep_checkpoints + 1, num_checkpoints(config)) - min(
         config.run.keep_checkpoints, len(checkpoint.steps(Path(config.run.dir)))
     )
     wanted = num_to_come * checkpoint_bytes(config.model, dtype)
     if free < wanted:
         raise ConfigError(
-            f"{folder} has {_gib(free)} free, the {num_to_come} checkpoints to come need {_gib(wanted)}; free some, "
+            f"{folder} has {gib(free)} free, the {num_to_come} checkpoints to come need {gib(wanted)}; free some, "
             "lower --run.keep-checkpoints, or set another --run.dir"
         )
 
 
-def _active(model: ModelConfig) -> str:
-    return f", {num_active_params(model):,} active" if model.expert_layers else ""
-
-
-def _num_checkpoints(config: RunConfig) -> int:
+def num_checkpoints(config: RunConfig) -> int:
+    """How many a run writes."""
     return -(-config.run.num_steps // config.run.save_every)
 
 
-def _describe_data(config: RunConfig, manifest: Manifest | None) -> str:
-    if manifest is None:
-        return f"{' '.join(config.data.paths)}: not prepared yet (`make prepare-data`)"
-    tokens, epochs = training_targets(manifest), num_epochs(config, manifest)
-    return f"{tokens:,} tokens in {' '.join(config.data.paths)}, so {epochs:,.2f} epochs"
-
-
-def _gib(num_bytes: float) -> str:
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
     return f"{num_bytes / _GIB:.2f} GiB"

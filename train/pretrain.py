@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=8 train/pretrain.py [configs/run.toml] [--section.key value ...]
     python train/pretrain.py configs/smoke.toml                           one device, CPU or GPU
     python train/pretrain.py --dry-run                                    what would be computed, held and written
+    python train/pretrain.py --dry-run --gpus 8xH100 --gpu-price 2.5      the same on GPUs elsewhere: time and cost
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host:29400 train/pretrain.py
 
 In a TOML file, [model] preset = "tinyllama-1.1b", "steel-1b", "smoke", or, with experts, "moe-1b-active", "moe-smoke",
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.config_file import ConfigError, parse
 from train.config import RunConfig
+from train.cost import PlanOptions, split_flags
 from train.exits import (
     BAD_CONFIG,
     BAD_DATA,
@@ -50,17 +52,28 @@ if TYPE_CHECKING:
     from train.watch import Watch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+def main(
+    argv: Sequence[str] | None = None,
+    config_type: type[RunConfig] = RunConfig,
+    script: str = "train/pretrain.py",
+    description: str | None = __doc__,
+) -> int:
+    """Runs the command line of a kind of training and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        wanted = [argument for argument in arguments if argument != "--dry-run"]
-        config = parse(RunConfig, wanted, prog="train/pretrain.py [--dry-run]", description=__doc__)
+        own, wanted = split_flags([argument for argument in arguments if argument != "--dry-run"])
+        if own and "--dry-run" not in arguments:
+            raise ConfigError(f"{own[0]} belongs to the dry run; add --dry-run, or leave it out")
+        options = parse(PlanOptions, own, prog=f"{script} --dry-run")
+        config = parse(config_type, wanted, prog=f"{script} [--dry-run]", description=description)
     except ConfigError as error:
         return _fail(error, BAD_CONFIG)
     # After parsing: --help and a mistyped key should not wait for torch.
     try:
-        return dry_run(config) if "--dry-run" in arguments else pretrain(config)
+        from train.resolve import resolved
+
+        config = resolved(config)
+        return dry_run(config, options) if "--dry-run" in arguments else pretrain(config)
     except Exception as error:
         if (code := exit_code(error)) == BUG:
             raise
@@ -69,11 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that says what kind of error ended a run."""
+    from data_prep.chat.chat_format import ChatFormatError
     from data_prep.manifest import ManifestError
     from data_prep.shards import ShardError
+    from data_prep.teacher_file import TeacherFileError
     from data_prep.tokenizing.tokenizer import TokenizerError
+    from evaluation.model_folder import ModelFolderError
+    from evaluation.sampling import GenerationError
     from kernels.launch import KernelError
     from model.convert import ConvertError
+    from model.moe_config import ModelConfigError
     from model.upcycle import UpcycleError
     from resume.checkpoint import CheckpointError, SaveError
     from resume.manifest import DataError
@@ -81,54 +99,25 @@ def exit_code(error: BaseException) -> int:
     from train.loop import NotFiniteError
 
     codes: dict[tuple[type[BaseException], ...], int] = {
-        (DataError, ManifestError, ShardError, TokenizerError): BAD_DATA,
+        (DataError, ManifestError, ShardError, TokenizerError, ChatFormatError, TeacherFileError): BAD_DATA,
         (SaveError, LockedError, OSError): CANNOT_WRITE,
-        (ConfigError, KernelError, CheckpointError, ConvertError, UpcycleError): BAD_CONFIG,
+        (ConfigError, ModelConfigError, KernelError, CheckpointError, UpcycleError): BAD_CONFIG,
+        (ConvertError, ModelFolderError, GenerationError): BAD_CONFIG,
         (NotFiniteError, RepeatedFailureError): NOT_FINITE,
         (LostRankError,): LOST_RANK,
     }
     return next((code for kinds, code in codes.items() if isinstance(error, kinds)), BUG)
 
 
-def dry_run(config: RunConfig) -> int:
-    """Prints the plan; fails if it cannot fit here.
+def dry_run(config: RunConfig, options: PlanOptions) -> int:
+    """Prints the plan; fails if it cannot fit.
 
-    With WORLD_SIZE=8 in the environment, and no torchrun, it plans for eight devices elsewhere: GPUs unless
-    parallel.device is cpu, whose memory is then not known.
+    With --gpus 8xH100 it plans for GPUs elsewhere. With WORLD_SIZE=8 in the environment, and no torchrun, for eight
+    devices elsewhere: GPUs unless parallel.device is cpu, whose memory and speed are then not known.
     """
-    import torch
+    from train import dry_run
 
-    from data_prep.manifest import ManifestError, merged, read_manifest
-    from resume.manifest import listed_files
-    from resume.report import plan as resume_plan
-    from resume.report import plan_tables
-    from train import plan
-    from train.feed import fresh_state
-
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    is_elsewhere = "WORLD_SIZE" in os.environ and "RANK" not in os.environ
-    has_gpus = torch.cuda.is_available() or is_elsewhere
-    device_type = (
-        "cuda" if config.parallel.device == "cuda" or (config.parallel.device == "auto" and has_gpus) else "cpu"
-    )
-    try:
-        folders = {Path(path): read_manifest(Path(path)) for path in config.data.paths}
-    except ManifestError:
-        folders, manifest = {}, None
-    else:
-        manifest = merged(folders)
-        config.check_vocabulary(manifest.vocab_size)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(plan.describe(config, manifest, device_type, world_size))
-        for note in plan.notes(config, manifest, world_size):
-            print(f"note: {note}")
-        if manifest is not None:
-            state = fresh_state(config, manifest, listed_files(folders, "train"))
-            print("\nthe data of a run that begins here, " + plan_tables(resume_plan(state, config.run.num_steps)))
-    if is_elsewhere:
-        plan.refuse_uneven(config, world_size)
-    else:
-        plan.refuse_impossible(config, device_type, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    dry_run.dry_run(config, options)
     return 0
 
 
@@ -198,13 +187,15 @@ def _live(config: RunConfig) -> int:
 def _pretrain(config: RunConfig, ranks: "Ranks", watch: "Watch", stop: "StopRequest") -> tuple[int, int]:
     """Exit code and last step of a life."""
     from evaluation.report import write_report
-    from train import plan
-    from train.assemble import open_data
+    from train import plan, setups
+    from train.assemble import open_data, starting_model
     from train.loop import RollBackError
 
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan.refuse_impossible(config, ranks.device.type, ranks.world_size, local_world_size)
     data = open_data(config, show_progress=ranks.is_first)
+    setups.prepare(config, data, ranks, lambda: starting_model(config, ranks), watch)
+    gc.collect()
     while True:
         try:
             code, step = _attempt(config, data, ranks, watch, stop)
@@ -233,7 +224,7 @@ def _attempt(config: RunConfig, data: "Data", ranks: "Ranks", watch: "Watch", st
 
     with open_run(config, data, ranks, watch, stop) as (trainer, progress):
         finished = train(trainer, progress)
-        if finished.step == config.run.num_steps or trainer.feed.has_ended:
+        if finished.step == config.run.num_steps or trainer.feed.has_ended or trainer.patience.is_over:
             return DONE, finished.step
         if trainer.log is not None:
             trainer.log.note(f"stopped at step {finished.step}; the same command goes on from there")

@@ -1,8 +1,20 @@
 """The learning rate as a pure function of the step."""
 
 import math
+from typing import Literal
 
 from train.config import OptimSection
+
+
+def between(first: float, last: float, progress: float, way: Literal["constant", "linear", "cosine"]) -> float:
+    """What lies at a share of the way from first to last; a constant stays at first."""
+    match way:
+        case "constant":
+            return first
+        case "linear":
+            return last + (first - last) * (1 - progress)
+        case "cosine":
+            return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:
@@ -21,7 +33,7 @@ def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:
     floor = config.min_lr_ratio * config.peak_lr
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
-        return floor + (config.peak_lr - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return between(config.peak_lr, floor, min(1.0, progress), "cosine")
     if config.schedule == "wsd":
         steps_left = max(0, num_steps - 1 - step)
         return floor + (config.peak_lr - floor) * min(1.0, steps_left / config.decay_steps)

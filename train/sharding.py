@@ -11,6 +11,8 @@ from torch.distributed.tensor import Shard
 from data_prep.config_file import ConfigError
 from model.config import ModelConfig
 from model.flops import num_params
+from model.lora import inject_lora
+from model.lora_config import LoraConfig
 from model.moe import MoE
 from model.transformer import Block, Transformer
 from resume.regions import copy_whole
@@ -28,8 +30,12 @@ def compute_dtype(config: ParallelSection, device: torch.device) -> torch.dtype:
     return known[precision]
 
 
-def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, value: WholeValue) -> Transformer:
+def build_model(
+    config: ModelConfig, parallel: ParallelSection, ranks: Ranks, value: WholeValue, lora: LoraConfig | None = None
+) -> Transformer:
     """Builds the model of a run, with every parameter and buffer set to its part of `value(name, shape)`.
+
+    With `lora` it has adapters, and everything else is frozen.
 
     Parameters are fp32 (fp64 for fp64 runs); under bf16, FSDP computes on a bf16 copy. A single fp32 or fp64 device
     needs neither gathering nor casting and gets the plain module, but for exact runs, whose gradients FSDP sums.
@@ -38,7 +44,11 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
     master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(config).to(master_dtype)
+        if lora is not None:
+            inject_lora(model, lora)
     if parallel.float8:
+        if lora is not None and lora.rank:
+            raise ConfigError("parallel.float8 with lora.rank above 0: adapters take the place of what runs in float8")
         _use_float8(model, ranks.device)
     # Memory that is reserved but never touched costs nothing: no rank ever holds the whole model, only its part of it.
     model.to_empty(device="cpu")
@@ -51,7 +61,7 @@ def build_model(config: ModelConfig, parallel: ParallelSection, ranks: Ranks, va
         if parallel.compile == "on" or (parallel.compile == "auto" and ranks.device.type == "cuda"):
             block.compile_body()
     if ranks.world_size > 1 or dtype != master_dtype or parallel.precision == "exact":
-        _shard(model, parallel, ranks, dtype, reshards_after_forward(config, parallel, dtype, _memory_bytes(ranks)))
+        shard(model, parallel, ranks, dtype, reshards_after_forward(config, parallel, dtype, _memory_bytes(ranks)))
     else:
         model.to(ranks.device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -79,6 +89,11 @@ def sync_gradients(model: nn.Module, is_last: bool) -> None:
         model.set_requires_gradient_sync(is_last)
         model.set_is_last_backward(is_last)
         model.set_reshard_after_backward(is_last)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds only its part of the model, or another dtype than it computes in."""
+    return isinstance(model, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
@@ -149,7 +164,8 @@ def _expert_placement(num_shards: int) -> Callable[[nn.Parameter], Shard | None]
     return placement
 
 
-def _shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype, reshards: bool) -> None:
+def shard(model: Transformer, parallel: ParallelSection, ranks: Ranks, dtype: torch.dtype, reshards: bool) -> None:
+    """Makes each block, router and the rest a unit of FSDP: gathered in `dtype`, gradients summed over the ranks."""
     shape, names = (ranks.world_size,), ("shard",)
     if parallel.replicas > 1:
         shape, names = (parallel.replicas, ranks.world_size // parallel.replicas), ("replicate", "shard")

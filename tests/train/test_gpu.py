@@ -19,7 +19,7 @@ from tests.runs import TINY, tiny_run
 from train import pretrain, ranks
 from train.config import RunConfig
 from train.experts import StepRouting, keeps_books
-from train.loop import accumulate_gradients
+from train.loop import Counts, accumulate_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -100,13 +100,13 @@ def test_a_micro_step_never_waits_for_the_device(tmp_path: Path, compile: str, m
     try:
         routing = StepRouting.none(model, trainer.ranks.device) if keeps_books(model) else None
         for _ in range(2):  # compiles, allocates, gathers
-            accumulate_gradients(trainer, [rows, rows], divisor=100, step=1, routing=routing)
+            accumulate_gradients(trainer, [rows, rows], Counts(100, 100, 100), step=1, routing=routing)
         counts = routing.counts.cpu() if routing is not None else None
         torch.cuda.set_sync_debug_mode("error")
-        loss_sum = accumulate_gradients(trainer, [rows, rows], divisor=100, step=1, routing=routing)
+        outcome = accumulate_gradients(trainer, [rows, rows], Counts(100, 100, 100), step=1, routing=routing)
         if counts is not None:
             apply_counts(trainer.model, counts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         ranks.stop()
-    assert loss_sum.item() > 0
+    assert outcome.loss_sum.item() > 0

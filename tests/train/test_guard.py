@@ -31,7 +31,7 @@ from tests.trained import audited, file_ids, resume, trained
 from train import exits, loop, pretrain
 from train.config import GuardSection, RunConfig, with_values
 from train.guard import Guard, Verdict
-from train.objectives import next_token_loss
+from train.objectives import Outcome, next_token_loss
 from train.optim import state_tensors
 
 Step = tuple[float, float]
@@ -486,13 +486,14 @@ def test_losses_that_never_recover_end_the_run_and_not_the_disk(data: Path, tmp_
     config = recording(data, run, guard={**BACK, "max_rollbacks": 3})
 
     def poison(rank: int) -> None:
-        from train import assemble
+        from train import setups
 
-        def objective(model: nn.Module, batch: Batch, routing: RoutingLog | None, **options: float) -> Tensor:
+        def objective(model: nn.Module, batch: Batch, routing: RoutingLog | None, **options: float) -> Outcome:
             steps = collections.Counter(path.name for path in run.glob("step-3"))
-            return next_token_loss(model, batch, routing, **options) * (torch.nan if steps else 1.0)
+            outcome = next_token_loss(model, batch, routing, **options)
+            return Outcome(outcome.loss_sum * (torch.nan if steps else 1.0))
 
-        assemble.next_token_loss = objective
+        setups.next_token_loss = objective
 
     life = lived(config, 2, before=poison)
     assert life.codes == [exits.NOT_FINITE] * 2

@@ -22,7 +22,7 @@ from train import assemble, feed, pretrain
 from train.assemble import open_data
 from train.config import RunConfig
 from train.loop import NotFiniteError, Progress, train
-from train.objectives import next_token_loss
+from train.objectives import Outcome, next_token_loss
 from train.optim import state_tensors
 
 
@@ -35,17 +35,17 @@ def poisoned(steps: set[int], num_micro_batches: int):
     """next_token_loss, but the second micro-batch of the given steps (from 0) is NaN."""
     calls = iter(range(10**9))
 
-    def objective(model: nn.Module, batch: Batch, _: RoutingLog | None) -> Tensor:
+    def objective(model: nn.Module, batch: Batch, _: RoutingLog | None) -> Outcome:
         step, micro_batch = divmod(next(calls), num_micro_batches)
         loss = next_token_loss(model, batch)
-        return loss * torch.nan if step in steps and micro_batch == 1 else loss
+        return Outcome(loss.loss_sum * torch.nan) if step in steps and micro_batch == 1 else loss
 
     return objective
 
 
 def run_with(config: RunConfig, objective) -> tuple[Progress, dict[str, Tensor]]:
     with opened(config) as (trainer, progress):
-        trainer.objective = objective
+        trainer.objective_at = lambda _: objective
         progress = train(trainer, progress)
         after = state_tensors(trainer.model, trainer.optimizer)
         return progress, {name: value.clone() for name, value in after.items()}
@@ -54,7 +54,8 @@ def run_with(config: RunConfig, objective) -> tuple[Progress, dict[str, Tensor]]
 def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(data: Path, tmp_path: Path):
     config = tiny_run(data, tmp_path / "run", run={"num_steps": 1})
     with opened(config) as (trainer, progress):
-        trainer.objective = poisoned({0}, 6)
+        poison = poisoned({0}, 6)
+        trainer.objective_at = lambda _: poison
         before = {name: value.clone() for name, value in state_tensors(trainer.model, trainer.optimizer).items()}
         progress = train(trainer, progress)
         after = state_tensors(trainer.model, trainer.optimizer)
@@ -67,7 +68,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(data: Path, tm
 
 def test_a_report_counts_the_skipped_steps(data: Path, tmp_path: Path):
     run_with(tiny_run(data, tmp_path / "run"), poisoned({2}, 6))
-    assert "| steps | 6 of 6, 1 skipped" in write_report(tmp_path / "run").read_text()
+    assert "6 of 6, 1 skipped by the guard" in write_report(tmp_path / "run").read_text()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(data: Path, tmp_path: Path):
@@ -157,9 +158,9 @@ def test_the_loss_falls_and_everything_a_person_looks_for_is_there(data: Path, t
     assert validations[-1]["validation_loss"] < validations[0]["validation_loss"] - 1.5
     assert validations[-1]["validation_bits_per_byte"] < validations[0]["validation_bits_per_byte"]
     assert steps[-1]["tokens_seen"] == sum(12 * 32 for _ in steps) - short_targets(data, config, 40 * 12)
-    report = (run / "report.md").read_text()
-    assert "| steps | 40 of 40, 0 skipped" in report
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "report.html").read_text()
+    assert "40 of 40, 0 skipped" in report
+    assert "<svg" in report
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert (run / "tokenizer.json").is_file()
 

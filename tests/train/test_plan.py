@@ -131,32 +131,6 @@ def test_a_checkpoint_has_the_size_the_plan_says(tmp_path: Path):
     assert size == pytest.approx(expected, rel=0.15)  # the header's share shrinks with the model
 
 
-def test_the_dry_run_prints_the_plan_and_allocates_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 1000 * 2**30)
-    code = pretrain.main(["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.paths", "nowhere"])
-    text = capsys.readouterr()
-    assert "parameters         1,100,048,384" in text.out
-    assert "7.314e+09 per token" in text.out
-    assert "2,097,152 per step" in text.out
-    assert "not prepared yet" in text.out
-    assert 'schedule = "cosine"' in text.out
-    assert not (tmp_path / "run").exists()
-    assert code == 0
-
-
-def test_a_plan_for_gpus_elsewhere_needs_none_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr(plan, "device_memory_bytes", lambda *_: 1)
-    arguments = ["--dry-run", "--run.dir", str(tmp_path / "run"), "--data.paths", "nowhere"]
-    assert pretrain.main(arguments) == 0
-    assert "8, 8 micro-batches per step each, torch.bfloat16" in capsys.readouterr().out
-    assert pretrain.main([*arguments, "--parallel.replicas", "3"]) == pretrain.BAD_CONFIG
-
-
 def test_what_is_probably_not_meant_is_noted(tmp_path: Path):
     from data_prep.manifest import read_manifest
     from tests.prepared import write_data
