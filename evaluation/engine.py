@@ -1,49 +1,19 @@
-"""Generation with a KV cache: the prompt is read once, then every step reads one token per sample.
+"""Generation with a KV cache: prompts are read once, then every step reads one token per sample.
 
-Temperature divides the logits, top-k keeps the k likeliest tokens, top-p then keeps the fewest of those whose
-probabilities, summed from the top, reach p. The token is drawn by inverting the cumulative distribution at a uniform
-number that depends on (seed, step, sample) alone: the same on every device, and whatever the other samples do.
-
-Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020 (top-p).
+How the next token is chosen is told in evaluation/sampling.py.
 """
 
-import hashlib
+import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.sampling import GenerationError, Sampling, choose, seen_tokens
 from kernels.launch import sum_dtype
 from model.cache import KVCache
 from model.transformer import Transformer, soft_capped
-
-
-class GenerationError(ValueError):
-    """A prompt or a setting that cannot be generated from; the message says what to change."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How the next token is chosen. The default is greedy."""
-
-    temperature: float = 0.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Keep only the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep only the likeliest tokens whose probabilities together reach p."""
-    seed: int = 0
-    """Equal seeds give equal samples."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise GenerationError(f"temperature = {self.temperature}: must be 0 (greedy) or positive")
-        if self.top_k is not None and self.top_k < 1:
-            raise GenerationError(f"top_k = {self.top_k}: must be at least 1; leave it out to keep every token")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise GenerationError(f"top_p = {self.top_p}: must be above 0 and at most 1")
 
 
 def generate(
@@ -64,9 +34,10 @@ def generate(
         GenerationError: the prompt is empty, leaves no room in the context, or has ids outside the vocabulary; a count
             is not positive; later, the logits are NaN.
     """
-    _check(model, prompt, max_new_tokens, num_samples)
-    num_steps = min(max_new_tokens, model.config.context_length - len(prompt))
-    return _steps(model, list(prompt), num_steps, sampling, frozenset(stop_ids), num_samples)
+    limit = checked_limit(model, prompt, max_new_tokens, num_samples)
+    # Ended samples go on being computed and ignored: with rows dropped, another matrix product might round the other
+    # samples' logits differently.
+    return _steps(model, [prompt], [limit], sampling, frozenset(stop_ids), num_samples, drops_ended=False)
 
 
 def complete(
@@ -79,114 +50,170 @@ def complete(
     num_samples: int = 1,
 ) -> list[list[int]]:
     """The whole continuation of every sample, a stop token included as its last; see `generate`."""
-    samples: list[list[int]] = [[] for _ in range(num_samples)]
-    for tokens in generate(
+    steps = generate(
         model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, num_samples=num_samples
-    ):
-        for sample, token in zip(samples, tokens, strict=True):
-            if token is not None:
-                sample.append(token)
-    return samples
+    )
+    return _collected(steps, num_samples)
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, step: int) -> list[int]:
-    """The next token of each sample B, from the logits that follow its last token.
+def complete_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int] = (),
+    num_samples: int = 1,
+    batch_size: int | None = None,
+    first_samples: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
+    """The samples of each prompt, as `complete` gives them one by one, with prompts of any lengths read together.
+
+    Draws go by the number of a sample: of each prompt they are counted from its number in first_samples on, by default
+    from 0, so that equal prompts get equal samples.
+
+    At most batch_size samples are computed at a time, but always those of a whole prompt; by default all. Samples that
+    have ended leave the computation, so that logits may be rounded otherwise than one by one.
 
     Raises:
-        GenerationError: a logit is NaN.
+        GenerationError: as `generate`, before anything is computed; batch_size is not positive.
     """
-    if logits_BV.isnan().any():
-        raise GenerationError(f"the model's logits are NaN at step {step}: its weights or its dtype are broken")
-    if sampling.temperature == 0.0:
-        return logits_BV.argmax(dim=-1).tolist()
-    num_kept = min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
-    kept_BK, ids_BK = logits_BV.topk(num_kept, dim=-1)
-    # On the CPU in fp64: a few thousand numbers, and the draw is then the same function on every device.
-    kept_BK = kept_BK.cpu().double()
-    # The likeliest becomes 0 before the division, which a tiny temperature would otherwise take to infinity.
-    probabilities_BK = ((kept_BK - kept_BK[:, :1]) / sampling.temperature).softmax(dim=-1)
-    if sampling.top_p is not None:
-        before_BK = probabilities_BK.cumsum(dim=-1) - probabilities_BK
-        probabilities_BK = probabilities_BK * (before_BK < sampling.top_p)
-    cumulative_BK = probabilities_BK.cumsum(dim=-1)
-    uniform_B = torch.tensor(
-        [_uniform(sampling.seed, step, sample) for sample in range(len(cumulative_BK))], dtype=torch.float64
+    if batch_size is not None and batch_size < 1:
+        raise GenerationError(f"batch_size = {batch_size}: must be at least 1; leave it out to take all at once")
+    limits = [checked_limit(model, prompt, max_new_tokens, num_samples, f"prompt {i}: ") for i, prompt in
+              enumerate(prompts)]  # fmt: skip
+    num_together = len(prompts) if batch_size is None else max(1, batch_size // num_samples)
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    for batch in _batches(model, [len(prompt) for prompt in prompts], num_together):
+        steps = _steps(
+            model, [prompts[i] for i in batch], [limits[i] for i in batch], sampling, frozenset(stop_ids), num_samples,
+            drops_ended=True, first_samples=[first_samples[i] for i in batch] if first_samples is not None else None,
+        )  # fmt: skip
+        rows = _collected(steps, len(batch) * num_samples)
+        for place, i in enumerate(batch):
+            answers[i] = rows[place * num_samples : (place + 1) * num_samples]
+    return answers
+
+
+def checked_limit(
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int, num_samples: int = 1, where: str = ""
+) -> int:
+    """How many tokens may follow a prompt; see `generate` for what is refused."""
+    config = model.config
+    if max_new_tokens < 1 or num_samples < 1:
+        raise GenerationError(f"max_new_tokens = {max_new_tokens}, num_samples = {num_samples}: must be at least 1")
+    if not prompt:
+        raise GenerationError(
+            f"{where}the prompt is empty; start from the end-of-document token to generate from nothing"
+        )
+    if len(prompt) >= config.context_length:
+        raise GenerationError(
+            f"{where}the prompt has {len(prompt)} tokens, which leaves no room in a context of "
+            f"{config.context_length}; shorten it"
+        )
+    foreign = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if foreign:
+        raise GenerationError(
+            f"{where}the prompt has the id {foreign[0]}, the model's vocabulary ends at {config.vocab_size - 1}; "
+            "it was encoded with another tokenizer"
+        )
+    return min(max_new_tokens, config.context_length - len(prompt))
+
+
+def empty_cache(
+    model: Transformer, batch_size: int, capacity: int, *, padding: Sequence[int] = (), num_recallable: int = 0
+) -> KVCache:
+    """A cache of the model's dtype, where the model is."""
+    weight = model.embedding.weight
+    return KVCache(
+        model.config, batch_size, capacity, weight.dtype, weight.device, padding=padding, num_recallable=num_recallable
     )
-    threshold_B1 = uniform_B[:, None] * cumulative_BK[:, -1:]
-    # right=True: the first entry strictly above the threshold, hence one of positive probability.
-    drawn_B1 = torch.searchsorted(cumulative_BK, threshold_B1, right=True).clamp_(max=num_kept - 1)
-    return ids_BK.cpu().gather(1, drawn_B1).flatten().tolist()
+
+
+def read(model: Transformer, rows: Sequence[Sequence[int]], cache: KVCache, num_scored: int = 1) -> Tensor:
+    """Reads tokens behind the cached ones and returns the logits that follow the last num_scored of each row.
+
+    Shapes: (B, num_scored, V): the logits of a long prompt's other tokens would be gigabytes.
+    Dtypes: fp32 at least.
+    """
+    soft_cap = model.config.logit_softcap
+
+    def readout(hidden_BTD: Tensor, head_VD: Tensor) -> Tensor:
+        logits_BNV = F.linear(hidden_BTD[:, -num_scored:], head_VD)
+        return soft_capped(logits_BNV.to(sum_dtype(logits_BNV)), soft_cap)
+
+    return model(torch.tensor(rows, device=model.embedding.weight.device), cache=cache, readout=readout)
 
 
 @torch.inference_mode()
 def _steps(
     model: Transformer,
-    prompt: list[int],
-    num_steps: int,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     sampling: Sampling,
     stop_ids: frozenset[int],
     num_samples: int,
+    *,
+    drops_ended: bool,
+    first_samples: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    device = model.embedding.weight.device
-    has_ended = [False] * num_samples
-    logits_BV, cache = _read_prompt(model, prompt, len(prompt) + num_steps, num_samples)
-    for step in range(num_steps):
-        tokens = choose(logits_BV, sampling, step)
-        yield [None if ended else token for token, ended in zip(tokens, has_ended, strict=True)]
-        has_ended = [ended or token in stop_ids for token, ended in zip(tokens, has_ended, strict=True)]
-        if all(has_ended) or step == num_steps - 1:
+    """Yields the new tokens of every sample, those of a prompt side by side, with as many tokens as its limit."""
+    num_rows = len(prompts) * num_samples
+    logits_BV, cache = _read_prompts(model, prompts, max(limits), num_samples)
+    seen_BV = seen_tokens((prompts[row // num_samples] for row in range(num_rows)), sampling, logits_BV)
+    numbers = [
+        row % num_samples + (first_samples[row // num_samples] if first_samples else 0) for row in range(num_rows)
+    ]
+    live = list(range(num_rows))  # the samples that the rows of the cache are of
+    has_ended = [False] * num_rows
+    for step in range(max(limits)):
+        tokens = choose(logits_BV, sampling, step, samples=[numbers[row] for row in live], seen_BV=seen_BV)
+        new: list[int | None] = [None] * num_rows
+        for row, token in zip(live, tokens, strict=True):
+            if not has_ended[row]:
+                new[row] = token
+                has_ended[row] = token in stop_ids or step + 1 == limits[row // num_samples]
+        yield new
+        if all(has_ended):
             return
-        # Ended samples go on being computed and ignored: with rows dropped, another matrix product might round the
-        # other samples' logits differently.
-        tokens_BT = torch.tensor(tokens, device=device)[:, None]
-        logits_BV = _last_logits(model, tokens_BT, cache)
+        kept = [place for place, row in enumerate(live) if not has_ended[row]]
+        if drops_ended and 2 * len(kept) <= len(live):  # else copying the cache costs more than it saves
+            cache.select(kept)
+            live, tokens = [live[place] for place in kept], [tokens[place] for place in kept]
+            seen_BV = seen_BV[kept] if seen_BV is not None else None
+        logits_BV = read(model, [[token] for token in tokens], cache)[:, -1]
+        if seen_BV is not None:
+            seen_BV[range(len(tokens)), tokens] = True
 
 
-def _read_prompt(model: Transformer, prompt: list[int], capacity: int, num_samples: int) -> tuple[Tensor, KVCache]:
-    """Reads the prompt as one row, then gives every sample a copy of its keys, values and last logits."""
-    weight = model.embedding.weight
-    tokens_BT = torch.tensor([prompt], device=weight.device)
-    if num_samples == 1:
-        cache = KVCache(model.config, 1, capacity, weight.dtype, weight.device)
-        return _last_logits(model, tokens_BT, cache), cache
-    row = KVCache(model.config, 1, len(prompt), weight.dtype, weight.device)
-    logits_BV = _last_logits(model, tokens_BT, row)
-    cache = KVCache(model.config, num_samples, capacity, weight.dtype, weight.device)
-    cache.copy_row(row)
-    return logits_BV.expand(num_samples, -1), cache
+def _read_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], num_new: int, num_samples: int
+) -> tuple[Tensor, KVCache]:
+    """The logits after every prompt, and the cache, each row as often as it has samples."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    cache = empty_cache(model, len(prompts), longest + num_new, padding=padding)
+    padded = [[prompt[0]] * missing + list(prompt) for prompt, missing in zip(prompts, padding, strict=True)]
+    logits_BV = read(model, padded, cache)[:, -1]
+    if num_samples > 1:
+        cache.select([row for row in range(len(prompts)) for _ in range(num_samples)])
+    return logits_BV.repeat_interleave(num_samples, dim=0), cache
 
 
-def _last_logits(model: Transformer, tokens_BT: Tensor, cache: KVCache) -> Tensor:
-    """(B, V) in fp32 at least, after the last of tokens: the logits of a long prompt's others would be gigabytes."""
-    soft_cap = model.config.logit_softcap
-
-    def readout(hidden_BTD: Tensor, head_VD: Tensor) -> Tensor:
-        logits_BV = F.linear(hidden_BTD[:, -1], head_VD)
-        return soft_capped(logits_BV.to(sum_dtype(logits_BV)), soft_cap)
-
-    return model(tokens_BT, cache=cache, readout=readout)
-
-
-def _uniform(seed: int, step: int, sample: int) -> float:
-    """A number of [0, 1) with 53 random bits."""
-    digest = hashlib.blake2b(f"generate|{seed}|{step}|{sample}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2**53
+def _batches(model: Transformer, lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of prompts to be continued together, the longest first: what does not fit into memory shows at once."""
+    # The chunks of chunk_soft experts are counted from the first token, so that rows in step are as long.
+    has_chunks = bool(model.config.expert_layers) and model.config.moe.kind == "chunk_soft"
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for _, group in itertools.groupby(order, key=lambda i: lengths[i] if has_chunks else None):
+        together = list(group)
+        yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
-def _check(model: Transformer, prompt: Sequence[int], max_new_tokens: int, num_samples: int) -> None:
-    config = model.config
-    if not prompt:
-        raise GenerationError("the prompt is empty; start from the end-of-document token to generate from nothing")
-    if len(prompt) >= config.context_length:
-        raise GenerationError(
-            f"the prompt has {len(prompt)} tokens, which leaves no room in a context of {config.context_length}; "
-            "shorten it"
-        )
-    foreign = [token for token in prompt if not 0 <= token < config.vocab_size]
-    if foreign:
-        raise GenerationError(
-            f"the prompt has the id {foreign[0]}, the model's vocabulary ends at {config.vocab_size - 1}; "
-            "it was encoded with another tokenizer"
-        )
-    if max_new_tokens < 1 or num_samples < 1:
-        raise GenerationError(f"max_new_tokens = {max_new_tokens}, num_samples = {num_samples}: must be at least 1")
+def _collected(steps: Iterator[list[int | None]], num_rows: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for tokens in steps:
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows

@@ -2,8 +2,10 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +13,11 @@ from torch import Tensor
 from data_prep.config_file import from_table
 from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
-from model.convert import read_hugging_face
+from model.convert import read_hugging_face, read_hugging_face_config
+from model.lora import merged_state
+from model.lora_config import LoraConfig
 from model.transformer import Transformer
-from resume.checkpoint import latest, open_checkpoint, read_config
+from resume.checkpoint import latest, open_checkpoint, read_config, read_record
 
 
 class ModelFolderError(ValueError):
@@ -65,7 +69,7 @@ def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | N
     with torch.device("meta"):
         model = Transformer(stored.config)
     try:
-        state = {name: value.to(target, _stored_as(name, dtype)) for name, value in stored.state.items()}
+        state = {name: value.to(target, loaded_dtype(name, dtype)) for name, value in stored.state.items()}
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ModelFolderError(f"{stored.path}: the weights do not fit the config beside them: {error}") from error
@@ -73,7 +77,7 @@ def load_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | N
     return LoadedModel(model.eval(), stored.tokenizer, stored.path)
 
 
-def _stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
+def loaded_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Routers stay in fp32, as rounded scores would pick other experts than in training, and their buffers always."""
     if ".routers." not in name:
         return dtype
@@ -82,48 +86,83 @@ def _stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def read_model(path: str | Path) -> StoredModel:
     """Reads what path holds without building it; see `load_model`."""
+    folder = model_folder(path)
+    config, state = read_weights(folder)
+    stored = StoredModel(config, state, read_tokenizer(folder), folder)
+    _check_vocabulary(stored)
+    return stored
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of the weights: of a run, its newest published checkpoint.
+
+    Raises:
+        ModelFolderError: no model there.
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelFolderError(f"{folder}: {what}; expected a run folder, a step-N checkpoint or a Hugging Face folder")
     if (folder / "record.json").is_file():
-        stored = _read_checkpoint(folder)
-    elif (newest := latest(folder)) is not None:
-        stored = _read_checkpoint(newest)
-    elif (folder / "config.json").is_file():
-        stored = _read_hugging_face(folder)
-    else:
-        raise ModelFolderError(
-            f"{folder}: neither a run with a published checkpoint (step-N/), nor such a checkpoint (record.json), nor "
-            "a Hugging Face folder (config.json)"
-        )
-    _check_vocabulary(stored)
-    return stored
+        return folder
+    if (newest := latest(folder)) is not None:
+        return newest
+    if (folder / "config.json").is_file():
+        return folder
+    raise ModelFolderError(
+        f"{folder}: neither a run with a published checkpoint (step-N/), nor such a checkpoint (record.json), nor "
+        "a Hugging Face folder (config.json)"
+    )
 
 
-def _read_checkpoint(folder: Path) -> StoredModel:
-    """The tokenizer is the run's, one folder up."""
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The shape of the model that path holds; see `load_model`."""
+    folder = model_folder(path)
+    if not (folder / "record.json").is_file():
+        return read_hugging_face_config(folder)
+    return from_table(_run_table(folder, read_record(folder)).get("model", {}), ModelConfig, "model")
+
+
+def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Shape and weights of the model that path holds, adapters merged; see `load_model`."""
+    folder = model_folder(path)
+    if not (folder / "record.json").is_file():
+        return read_hugging_face(folder)
     stored = open_checkpoint(folder)  # before the config is believed
-    try:
-        table = tomllib.loads(read_config(folder, stored.record))
-    except tomllib.TOMLDecodeError as error:
-        raise ModelFolderError(f"{folder / 'config.toml'}: unreadable: {error}") from error
+    table = _run_table(folder, stored.record)
     config = from_table(table.get("model", {}), ModelConfig, "model")
     state = stored.read_tensors("model.")
+    lora = from_table(table.get("lora", {}), LoraConfig, "lora")
+    if lora.rank:  # the checkpoint holds the adapters alone
+        _, base = read_weights(table["run"]["init_from"])
+        state = merged_state(base | state, config, lora)
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
-    # Data may have been prepared with another end-of-document token than the tokenizer's usual one.
-    eos_id = stored.record.get("data", {}).get("eos_id")
-    tokenizer = load_tokenizer(folder.absolute().parent, eos_id=eos_id)
-    return StoredModel(config, state, tokenizer, folder)
+    return config, state
 
 
-def _read_hugging_face(folder: Path) -> StoredModel:
-    config, state = read_hugging_face(folder)
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of the model that path holds: of a checkpoint the run's, one folder up.
+
+    Raises:
+        TokenizerError: none, or a damaged one.
+    """
+    folder = model_folder(path)
+    if (folder / "record.json").is_file():
+        # Data may have been prepared with another end-of-document token than the tokenizer's usual one.
+        eos_id = read_record(folder).get("data", {}).get("eos_id")
+        return load_tokenizer(folder.absolute().parent, eos_id=eos_id)
     eos_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     if isinstance(eos_id, list):
         eos_id = eos_id[0] if eos_id else None
-    return StoredModel(config, state, load_tokenizer(folder, eos_id=eos_id), folder)
+    return load_tokenizer(folder, eos_id=eos_id)
+
+
+def _run_table(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_config(folder, record))
+    except tomllib.TOMLDecodeError as error:
+        raise ModelFolderError(f"{folder / 'config.toml'}: unreadable: {error}") from error
 
 
 def _check_vocabulary(stored: StoredModel) -> None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from data_prep import command_line
+
 if TYPE_CHECKING:
     from evaluation.model_folder import LoadedModel
     from evaluation.score import Score
@@ -68,7 +70,7 @@ def evaluate(command: PerplexityCommand) -> "tuple[Score, int]":
     from evaluation.score import padded_token_bytes, score
 
     loaded = load_model(command.model, device=command.device)
-    trained = _training_settings(command.model)
+    trained = training_settings(command.model)
     length = command.sequence_length or trained.get("sequence_length") or loaded.config.context_length
     batches = _text(command, loaded, length) if command.text else _shards(command, loaded, length, trained)
     token_bytes = padded_token_bytes(loaded.tokenizer, loaded.config.vocab_size)
@@ -116,7 +118,7 @@ def _text(command: PerplexityCommand, loaded: "LoadedModel", length: int) -> "It
         )
 
 
-def _training_settings(model: Path) -> dict[str, Any]:
+def training_settings(model: Path) -> dict[str, Any]:
     """The [data] table of the run that a model comes from; empty for a Hugging Face folder."""
     for config in (model / "config.toml", model.parent / "config.toml"):
         if config.is_file():
@@ -126,8 +128,10 @@ def _training_settings(model: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 after an error, which is printed as one line."""
-    command = tyro.cli(PerplexityCommand, args=argv, prog="python -m evaluation.perplexity", description=__doc__)
     try:
+        command = command_line.read(
+            PerplexityCommand, argv, prog="python -m evaluation.perplexity", description=__doc__
+        )
         result, length = evaluate(command)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from kernels.cross_entropy import IGNORE
 from kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.batch import TokenRows, as_unsigned, collate, empty_rows, token_rows
 from model.transformer import Transformer
-from resume.samples import NO_SAMPLE, SampleReader
+from resume.samples import NO_SAMPLE, RowsRead, SampleReader
+
+Annotate = Callable[[TokenRows, NDArray[np.int64], NDArray[np.int64]], TokenRows]
+"""(rows, files, samples) -> the rows with what an objective wants beside tokens; files are indices into the reader's,
+samples NO_SAMPLE in rows that are empty."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ def shard_batches(
     isolate_documents: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    annotate: Annotate | None = None,
 ) -> Iterator[TokenRows]:
     """num_sequences samples spread evenly over a split (all, if it has fewer), dealt to the ranks batch by batch.
 
@@ -97,8 +102,20 @@ def shard_batches(
         firsts = np.concatenate(([0], ends))[files]
         samples = np.where(places < chosen, spread - firsts, NO_SAMPLE)
         tokens = empty_rows(batch_size, reader.sequence_length, reader.dtype.itemsize)
-        row_targets = reader.read_into(files, samples, as_unsigned(tokens)).num_targets.tolist()
-        yield token_rows(tokens, row_targets, eos_id=reader.eos_id, isolate_documents=isolate_documents)
+        read = reader.read_into(files, samples, as_unsigned(tokens))
+        batch = rows_of(reader, tokens, read, slice(None), isolate_documents)
+        yield batch if annotate is None else annotate(batch, files, samples)
+
+
+def rows_of(
+    reader: SampleReader, tokens: torch.Tensor, read: RowsRead, chosen: slice, isolate_documents: bool
+) -> TokenRows:
+    """Some of the rows that a reader has read as a batch; `tokens` are these rows'."""
+    marked = {}
+    if read.trained is not None and read.starts is not None:
+        marked = {"trained": read.trained[chosen], "starts": read.starts[chosen]}
+    row_targets = read.num_targets[chosen].tolist()
+    return token_rows(tokens, row_targets, eos_id=reader.eos_id, isolate_documents=isolate_documents, **marked)
 
 
 def text_batches(tokens: Sequence[int], *, sequence_length: int, batch_size: int, eos_id: int) -> Iterator[TokenRows]:

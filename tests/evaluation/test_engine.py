@@ -4,9 +4,17 @@ import itertools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from evaluation import engine
-from evaluation.engine import GenerationError, Sampling, choose, complete, generate
+from evaluation.engine import complete, generate
+from evaluation.sampling import GenerationError, Sampling, choose, probabilities, seen_tokens
 from model.convert import write_hugging_face
 from model.transformer import Transformer
 from tests.models import LLAMA, MOE_VARIANTS, VARIANTS, make_model, random_tokens
@@ -84,7 +92,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(variant, prompt_length):
 def test_tokens_are_chosen_by_capped_logits(dtype, monkeypatch):
     model = make_model(dataclasses.replace(LLAMA, logit_softcap=1.5), dtype=dtype)
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(engine, "choose", lambda logits, *_: seen.append(logits) or [0])
+    monkeypatch.setattr(engine, "choose", lambda logits, *_, **__: seen.append(logits) or [0])
     complete(model, prompt_of(5), max_new_tokens=1, sampling=GREEDY)
     expected = model(torch.tensor([prompt_of(5)]))[:, -1]
     assert seen[0].dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -112,7 +120,7 @@ def test_only_the_last_position_of_the_prompt_is_scored(monkeypatch):
 
     monkeypatch.setattr(engine.F, "linear", watched_linear)
     complete(model, prompt_of(9), max_new_tokens=2, sampling=GREEDY)
-    assert scored == [(1, LLAMA.hidden_size)] * 2
+    assert scored == [(1, 1, LLAMA.hidden_size)] * 2
 
 
 def test_nothing_is_kept_for_a_backward():
@@ -249,6 +257,63 @@ def test_samples_and_steps_draw_independently():
     assert repeats == pytest.approx(0.25, abs=0.04)
 
 
+# Against the likeliest, tokens 0 to 4 of LOGITS are 0.14, 1, 0.37, 0.05 and 0.61 times as likely.
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, {0, 1, 2, 3, 4}), (0.2, {1, 2, 4}), (0.5, {1, 4}), (1.0, {1})])
+def test_min_p_draws_from_tokens_at_least_p_times_as_likely_as_the_likeliest(min_p, kept):
+    expected = softmax([logit if token in kept else float("-inf") for token, logit in enumerate(LOGITS)])
+    found = draws(LOGITS, Sampling(temperature=1.0, min_p=min_p))
+    assert found == pytest.approx(expected, abs=0.03)
+    assert all(share == 0 for token, share in enumerate(found) if token not in kept)
+
+
+SETTINGS = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.1},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.03, "repetition_penalty": 1.4},
+    {"temperature": 1.0, "repetition_penalty": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_distribution_is_that_of_the_processors_of_transformers(settings):
+    logits = 3 * torch.randn(4, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = random_tokens(dataclasses.replace(LLAMA, vocab_size=60), 4, 30)
+    processors = [
+        RepetitionPenaltyLogitsProcessor(settings.get("repetition_penalty", 1.0)),
+        TemperatureLogitsWarper(settings["temperature"]),
+        TopKLogitsWarper(settings.get("top_k", 60)),
+        TopPLogitsWarper(settings.get("top_p", 1.0)),
+        MinPLogitsWarper(settings.get("min_p", 0.0)),
+    ]
+    expected = logits
+    for processor in processors:
+        expected = processor(rows, expected)
+    sampling = Sampling(**settings)
+    found = probabilities(logits, sampling, 0, seen_tokens(rows.tolist(), sampling, logits))
+    torch.testing.assert_close(found, expected.softmax(dim=-1), rtol=1e-12, atol=1e-12)
+
+
+def test_greedy_puts_all_probability_on_the_likeliest_token():
+    assert probabilities(torch.tensor([LOGITS]), GREEDY, 0).tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}])
+def test_what_prompt_and_answer_have_is_penalised(settings):
+    """Against logits computed without a cache."""
+    model, tokens = make_model(LLAMA, dtype=torch.float64), prompt_of(6)
+    sampling = Sampling(repetition_penalty=1.5, **settings)
+    found = complete(model, tokens, max_new_tokens=15, sampling=sampling)[0]
+    for step, token in enumerate(found):
+        logits = model(torch.tensor([tokens]))[:, -1]
+        for seen in set(tokens):
+            logits[0, seen] *= 1.5 if logits[0, seen] < 0 else 1 / 1.5
+        assert choose(logits, dataclasses.replace(sampling, repetition_penalty=1.0), step) == [token]
+        tokens.append(token)
+    assert found != complete(model, prompt_of(6), max_new_tokens=15, sampling=Sampling(**settings))[0]
+
+
 def test_broken_logits_are_refused():
     with pytest.raises(GenerationError, match="logits are NaN at step 7"):
         choose(torch.tensor([[0.0, float("nan")]]), GREEDY, step=7)
@@ -263,6 +328,10 @@ def test_broken_logits_are_refused():
         ({"top_k": 0}, "top_k = 0: must be at least 1"),
         ({"top_p": 0.0}, r"top_p = 0\.0"),
         ({"top_p": 1.5}, r"top_p = 1\.5"),
+        ({"min_p": -0.1}, r"min_p = -0\.1"),
+        ({"min_p": 1.1}, r"min_p = 1\.1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty = 0\.0: must be positive"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty = nan"),
     ],
 )
 def test_impossible_settings_are_refused(settings, complaint):
