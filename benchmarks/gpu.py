@@ -1,10 +1,12 @@
-"""Everything that only a GPU can show, in one command and within ten minutes.
+"""Everything that only a GPU can show, in two commands of ten minutes.
 
-    python -m benchmarks.gpu [--out FOLDER]          (make gpu OUT=FOLDER)
+    python -m benchmarks.gpu [--out FOLDER]                 (make gpu OUT=FOLDER)
+    python -m benchmarks.gpu --set tuning [--out FOLDER]    (make gpu-tuning OUT=FOLDER)
 
-The GPU tests, kernel speeds, the step's speed and MFU, and a small run in several configurations. Each part has a time
-limit and does not need those before it. FOLDER gets each part's JSON and PNG, and gpu.log with all that was printed;
-what to keep belongs into benchmarks/results/. No .venv is needed, only the packages below.
+The GPU tests, kernel speeds, the step's speed and MFU, and a small run in several configurations; then fine-tuning
+beside pretraining, and generation. Each part has a time limit and does not need those before it. FOLDER gets each
+part's JSON and PNG, and gpu.log with all that was printed; what to keep belongs into benchmarks/results/. No .venv is
+needed, only the packages below.
 """
 
 import argparse
@@ -25,7 +27,8 @@ _PACKAGES = (
     "tensorboard", "matplotlib", "tqdm", "tyro", "transformers", "pytest", "hypothesis",
 )  # fmt: skip
 _TESTS = (
-    "tests/kernels", "tests/evaluation/test_engine.py", "tests/model/test_batch.py", "tests/train/test_gpu.py",
+    "tests/kernels", "tests/evaluation/test_engine.py", "tests/evaluation/test_batched.py", "tests/model/test_batch.py",
+    "tests/train/test_gpu.py",
 )  # fmt: skip
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "tests": (("-m", "pytest", "-q", "-m", "gpu", "--durations=10", *_TESTS), 110),
@@ -34,13 +37,20 @@ PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "training": (("-m", "benchmarks.training_check", "--out", "{out}"), 65),
 }
 """Arguments of Python, and seconds after which a part is stopped; together nine minutes."""
+TUNING_PARTS: dict[str, tuple[tuple[str, ...], float]] = {
+    "tuning": (("-m", "benchmarks.tuning", "--out", "{out}"), 360),
+    "generation": (("-m", "benchmarks.generation", "--out", "{out}"), 180),
+}
+"""Likewise, of the second command."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs all parts; the exit code is that of the first that failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of all results")
-    out = parser.parse_args(arguments).out.absolute()
+    parser.add_argument("--set", choices=("speed", "tuning"), default="speed", help="which parts")
+    options = parser.parse_args(arguments)
+    out, parts = options.out.absolute(), PARTS if options.set == "speed" else TUNING_PARTS
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: not installed: {' '.join(missing)}; see requirements.txt and requirements-dev.txt")
@@ -48,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     ends = {}
     with (out / "gpu.log").open("w", encoding="utf-8") as log:
-        for name, (command, limit_s) in PARTS.items():
+        for name, (command, limit_s) in parts.items():
             ends[name] = run_part(name, [part.format(out=out) for part in command], limit_s, log)
             # After each part: what is there is not lost if the machine is.
             summary = {"environment": describe(), "parts": ends}

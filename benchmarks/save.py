@@ -32,7 +32,7 @@ from model.flops import num_params
 from resume.saver import Saver
 from train import ranks
 from train.config import DataSection, RunConfig
-from train.loop import train_step
+from train.loop import Counts, train_step
 from train.optim import state_tensors
 
 COMMAND = "python -m benchmarks.save"
@@ -79,7 +79,7 @@ def _measure(config: RunConfig, this: ranks.Ranks, folder: Path) -> list[Table]:
 
     def step() -> float:
         started_s = time.perf_counter()
-        train_step(trainer, [batch], batch.num_targets, 1e-4, 1)
+        train_step(trainer, [batch], Counts.of([batch]), 1e-4, 1)
         return time.perf_counter() - started_s
 
     for _ in range(3):

@@ -49,6 +49,7 @@ from train.guard import Guard
 from train.loop import Trainer
 from train.objectives import next_token_loss
 from train.optim import make_optimizer
+from train.patience import Patience
 from train.plan import estimate_memory
 from train.sharding import WholeValue, build_model
 from train.signals import StopRequest
@@ -244,12 +245,13 @@ def make_trainer(config: RunConfig, this: ranks.Ranks, value: WholeValue | None 
         model=model,
         optimizer=make_optimizer(model, config.optim),
         feed=cast(Feed, None),  # a step is given its batches
-        objective=next_token_loss,
-        validate=None,
+        objective_at=lambda _: next_token_loss,
+        validation=None,
         log=None,
         stop=StopRequest(),
         saver=Saver(Path(config.run.dir)),
         guard=Guard(config.guard),
+        patience=Patience(None),
         watch=Watch(Path(config.run.dir), life="", rank=0, world_size=1, timeout_s=config.run.hang_timeout_s),
         faults=Faults(Path(config.run.dir), (), rank=0),
     )
