@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from data_prep import command_line
 from data_prep.chat.turns import Turn
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _start(command: ChatCommand) -> Conversation:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 after an error, which is printed as one line."""
     try:
-        command = tyro.cli(ChatCommand, args=argv, prog="python -m evaluation.chat", description=__doc__)
+        command = command_line.read(ChatCommand, argv, prog="python -m evaluation.chat", description=__doc__)
         is_typed = sys.stdin.isatty()
         talk(_start(command), _typed_lines() if is_typed else iter(sys.stdin), goes_on=is_typed)
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from data_prep import command_line
 from evaluation.choice_figures import table, task_figures
 from evaluation.choice_prompts import Prompt, Prompter, Scoring, read_letter
 from evaluation.choice_tasks import ChoiceTaskError, Question, Task, read_task
@@ -220,7 +221,9 @@ def _written(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 after an error, which is printed as one line."""
     try:
-        command = tyro.cli(ChoiceCommand, args=argv, prog="python -m evaluation.multiple_choice", description=__doc__)
+        command = command_line.read(
+            ChoiceCommand, argv, prog="python -m evaluation.multiple_choice", description=__doc__
+        )
         command.check()
         from evaluation.model_folder import load_model
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from data_prep import command_line
+
 if TYPE_CHECKING:
     from evaluation.chat_server import ChatServer
     from evaluation.openai_format import Served
@@ -120,7 +122,7 @@ def serve(command: ServeCommand) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 after an error, which is printed as one line."""
     try:
-        serve(tyro.cli(ServeCommand, args=argv, prog="python -m evaluation.serve", description=__doc__))
+        serve(command_line.read(ServeCommand, argv, prog="python -m evaluation.serve", description=__doc__))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ may come from somebody else.
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -282,7 +283,10 @@ def together(
 
 
 def _describe_error(error: Exception, what: str) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{what}: {error}"
+    if isinstance(error, CheckpointError):
+        return str(error)
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return f"{what}: {error}{'; free some space, and the same command goes on' if is_full else ''}"
 
 
 class _Files:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.chat.chat_folder import read_chat_folder, write_chat_folder
-from data_prep.config_file import ConfigError, keys, load, to_toml
+from data_prep.config_file import ConfigError, keys, to_toml
 from data_prep.manifest import Manifest, merged, read_manifest
 from data_prep.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from evaluation.model_folder import read_weights
@@ -46,7 +46,7 @@ from train.metrics import RunLog
 from train.optim import make_optimizer, state_tensors
 from train.patience import Patience
 from train.ranks import Ranks
-from train.resolve import refuse_other_tokenizer
+from train.resolve import refuse_other_tokenizer, started_with
 from train.setups import Setup, begin_answers, setup_of
 from train.sharding import WholeValue, build_model
 from train.signals import StopRequest
@@ -177,7 +177,7 @@ def _progress(
     if begins is None:
         return Progress(0, fresh_state(config, data.manifest, data.training)), None
     folder, record = begins.folder, begins.record
-    stored = load(folder / "config.toml", type(config))
+    stored = started_with(folder, type(config))
     refuse_changes(config, stored, is_branch)
     generators = rng.record(config.run.seed)
     if record["rng"] != generators:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import TypeVar
 
 from data_prep.chat.chat_folder import ChatFolder, read_chat_folder
 from data_prep.config_file import ConfigError, load
@@ -18,6 +19,7 @@ from train import stages
 from train.config import RunConfig, value_of, with_values
 from train.recipes import DpoConfig, GrpoConfig, RewardConfig, SftConfig, TuneConfig
 
+Started = TypeVar("Started", bound=RunConfig)
 _KINDS: dict[type[RunConfig], tuple[str, ...]] = {
     SftConfig: ("chat", "text"),
     DpoConfig: ("pairs",),
@@ -122,7 +124,7 @@ def _with_shape(config: TuneConfig, length: int) -> TuneConfig:
     newest = checkpoint.latest(Path(config.run.dir)) or (Path(base) if base is not None else None)
     if newest is not None:
         # By now, a run folder may hold other weights than those that this run started from.
-        started = load(newest / "config.toml", type(config))
+        started = started_with(newest, type(config))
         shape, init_from = started.model, started.run.init_from
         if config.run.init_from is not None and not (init_from and Path(init_from).is_dir()):
             init_from = str(model_folder(config.run.init_from).absolute())  # it was moved
@@ -145,6 +147,18 @@ def _with_shape(config: TuneConfig, length: int) -> TuneConfig:
         data=dataclasses.replace(config.data, sequence_length=length),
         model=_trained_as(shape, config.model),
     )
+
+
+def started_with(folder: Path, kind: type[Started]) -> Started:
+    """The config of a checkpoint.
+
+    Raises:
+        ConfigError: it is of another kind of training.
+    """
+    try:
+        return load(folder / "config.toml", kind)
+    except ConfigError as error:
+        raise ConfigError(f"{folder} was made by another kind of training ({error}); set another --run.dir") from error
 
 
 def _trained_as(shape: ModelConfig, wanted: ModelConfig) -> ModelConfig:

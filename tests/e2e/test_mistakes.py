@@ -167,11 +167,15 @@ TABLE: dict[str, tuple[Command, str, list[str]]] = {
         "run.toml --run.dir run",
         ["model.hidden_size = 24, the checkpoint has 32", "start a new run with another"],
     ),
-    "data of two tokenizers": (pretrain.main, "run.toml --data.paths data other-data", ["tokenizer"]),
+    "data of two tokenizers": (
+        pretrain.main,
+        "run.toml --data.paths data other-data",
+        ["encode the text of both with one tokenizer"],
+    ),
     "a disk that is full": (
         pretrain.main,
         "run.toml --run.max-failed-saves 1 --run.async-save False --debug.inject disk-full:rank=0,step=1",
-        ["cannot write", "No space left on device"],
+        ["No space left on device", "free some space, and the same command goes on"],
     ),
     "pairs to pretrain on": (
         pretrain.main,
@@ -247,7 +251,7 @@ TABLE: dict[str, tuple[Command, str, list[str]]] = {
     "a teacher of another vocabulary": (
         distill,
         "tune.toml --data.paths data --data.sequence-length 32 --distill.teacher other-run",
-        ["other-run"],
+        ["the teacher other-run has another vocabulary", "Prepare the data with its tokenizer"],
     ),
     "no cached teacher": (
         distill,

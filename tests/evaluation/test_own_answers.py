@@ -108,7 +108,16 @@ def test_the_model_itself_answers_equally_by_an_equal_seed_and_the_result_can_be
         assert pairs.main([str(run), str(file), "--out", str(out), *flags]) == 0
         found.append(out.read_text())
     assert found[0] == found[1] != found[2]
-    prepared = ["--kind", "pairs", "--tokenizer", str(run / "step-100"), "--output", str(tmp_path / "data"), "--row-tokens", "128"]
+    prepared = [
+        "--kind",
+        "pairs",
+        "--tokenizer",
+        str(run / "step-100"),
+        "--output",
+        str(tmp_path / "data"),
+        "--row-tokens",
+        "128",
+    ]
     assert prepare_chat([str(tmp_path / "a.jsonl"), *prepared, "--validation-share", "0"]) == 0
     assert f"{len(found[0].splitlines())}" in capsys.readouterr().out
 
