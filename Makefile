@@ -52,7 +52,7 @@ report: $(INSTALLED) ## One page about a run; RUN=runs/world, VS=golden.json com
 	$(PY) -m evaluation.report $(RUN) $(if $(VS),--golden $(VS))
 
 test: $(INSTALLED_DEV) ## Run the test suite
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED_DEV) ## Run the long tests as well
 	$(PY) -m pytest
