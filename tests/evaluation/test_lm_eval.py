@@ -12,6 +12,8 @@ from evaluation.multiple_choice import evaluate_choice
 from tests.evaluation import choice_folders
 from tests.evaluation.stored import byte_level_tokenizer, make_run
 
+pytestmark = pytest.mark.slow  # most of it imports lm-eval and its models, twenty seconds of a processor
+
 # lm-evaluation-harness warns and takes seconds to import: it runs in a process of its own, once for all tests here.
 CHILD = """
 import json, logging, sys, warnings

@@ -153,7 +153,7 @@ def tensors_of(run: Path) -> dict[str, Tensor]:
     return {**newest.read_tensors("model."), **newest.read_tensors("optim.")}
 
 
-@pytest.mark.parametrize("balance", ["global", "switch"])
+@pytest.mark.parametrize("balance", ["global", pytest.param("switch", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_and_went_on_has_the_bits_of_one_that_was_not(data: Path, tmp_path: Path, balance: str):
     moe = {"balance": balance, "bias": "sign", "sampling": True}
     straight = mixture_run(data, tmp_path / "straight", moe)
