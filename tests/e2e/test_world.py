@@ -1,6 +1,7 @@
 """The tiny world, whole: facts seen in pretraining alone are answered after fine-tuning, whenever runs are killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from resume import checkpoint
 
 ROOT = Path(__file__).parents[2]
+# As a person runs it: other tests want the kernels interpreted.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # Script, config, data folder, and the stage before it.
 STAGES = [
     ("train/pretrain.py", "world", "prose", None),
@@ -21,7 +24,9 @@ STAGES = [
 
 
 def command(*arguments: object) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -32,7 +37,7 @@ def stage(script: str, config: str, data: Path, run: Path, start: Path | None) -
 
 
 def kill_after_the_first_checkpoint(arguments: list[str], run: Path) -> None:
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline_s = time.monotonic() + 600
     while checkpoint.latest(run) is None:
         assert process.poll() is None
