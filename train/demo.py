@@ -50,8 +50,11 @@ def main() -> int:
     _do(["-m", "evaluation.multiple_choice", *choices])
     exported = dpo / "exported"
     _do(["-m", "evaluation.export", str(dpo), str(exported)])
-    talk = _do(["-m", "evaluation.chat", str(exported), "--temperature", "0"], said=_questions(3))
-    _summarise(base, answers, exported, talk, time.perf_counter() - started_s)
+    questions = _questions(3)
+    # Each in a conversation of its own, as fine-tuning had them.
+    said = _do(["-m", "evaluation.chat", str(exported), "--temperature", "0"], said="\n/reset\n".join(questions) + "\n")
+    talk = [f"{question}\n    {answer}" for question, answer in zip(questions, said.splitlines(), strict=False)]
+    _summarise(base, answers, exported, "\n".join(talk), time.perf_counter() - started_s)
     return 0
 
 
@@ -85,10 +88,10 @@ def _answers(run: Path) -> dict[str, float]:
     return json.loads((out / "results.json").read_text(encoding="utf-8"))["questions"]
 
 
-def _questions(count: int) -> str:
-    """The first questions, as a person types them."""
+def _questions(count: int) -> list[str]:
+    """The first questions."""
     lines = (RAW / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    return "".join(json.loads(line)["prompt"] + "\n" for line in lines[:count])
+    return [json.loads(line)["prompt"] for line in lines[:count]]
 
 
 def _do(arguments: Sequence[str], said: str = "") -> str:
@@ -146,7 +149,7 @@ def _summarise(base: Path, answers: dict[Path, dict[str, float]], exported: Path
     validations = [record for record in read_metrics(base) if "validation_loss" in record]
     first, last = validations[0], validations[-1]
     print("\n" + "=" * 80)
-    print(talk.rstrip())
+    print(talk)
     print("=" * 80)
     for name, value in (
         ("pretrained model", checkpoint.latest(base)),
