@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from train import ranks
-from train.assemble import open_data, open_run
+from train import ranks, setups
+from train.assemble import open_data, open_run, starting_model
 from train.config import RunConfig, with_values
 from train.loop import Progress, Trainer
 from train.signals import StopRequest
@@ -41,7 +41,9 @@ def opened(config: RunConfig) -> Iterator[tuple[Trainer, Progress]]:
     this = ranks.start("cpu")
     watch = Watch(Path(config.run.dir), life="test", rank=0, world_size=1, timeout_s=config.run.hang_timeout_s)
     try:
-        with open_run(config, open_data(config), this, watch, StopRequest()) as (trainer, progress):
+        data = open_data(config)
+        setups.prepare(config, data, this, lambda: starting_model(config, this), watch)
+        with open_run(config, data, this, watch, StopRequest()) as (trainer, progress):
             yield trainer, progress
     finally:
         ranks.stop()

@@ -55,13 +55,18 @@ def model_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def run_digest(run: Path, init_from: str) -> str:
-    """The digest of the model that a run started from, which is written down as long as it has no checkpoint."""
+def note_digest(run: Path, init_from: str) -> str:
+    """Writes down which model a run starts from, until it has a checkpoint; for one rank. Returns the digest."""
     path = run / "reference.json"
     if checkpoint.latest(run) is None or not path.is_file():
         run.mkdir(parents=True, exist_ok=True)
         publish.write_text(path, json.dumps({"digest": model_digest(init_from)}) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))["digest"]
+    return run_digest(run)
+
+
+def run_digest(run: Path) -> str:
+    """The digest of the model that a run started from, as `note_digest` has written it down."""
+    return json.loads((run / "reference.json").read_text(encoding="utf-8"))["digest"]
 
 
 def write_references(

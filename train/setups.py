@@ -28,7 +28,7 @@ from train.policy_gradient import policy_gradient_loss, target_log_probs
 from train.preference import dpo_loss, reward_loss
 from train.ranks import Ranks
 from train.recipes import DistillConfig, DpoConfig, GrpoConfig, RewardConfig
-from train.references import has_references, pairs, run_digest, with_references, write_references
+from train.references import has_references, note_digest, pairs, run_digest, with_references, write_references
 from train.rollout import RolloutFeed
 from train.sharding import compute_dtype, reshard
 from train.teacher_targets import cached_teacher
@@ -101,7 +101,8 @@ def prepare(config: RunConfig, data: "Data", ranks: Ranks, build: Build, watch: 
         raise ConfigError(
             f"run.init_from = {config.run.init_from}: the processes have found different checkpoints in it"
         )
-    digest = ranks.from_first(lambda: _reference_digest(config))
+    run, init_from = Path(config.run.dir), config.run.init_from
+    digest = ranks.from_first(lambda: note_digest(run, init_from))
     files = [*data.training, *data.validation]
     missing = ranks.from_first(lambda: [i for i, file in enumerate(files) if not has_references(file.path, digest)])
     if not missing:
@@ -131,13 +132,8 @@ def _dpo(config: DpoConfig) -> Setup:
         sft_weight=dpo.sft_weight,
         soft_cap=config.model.logit_softcap,
     )
-    annotate = functools.partial(with_references, digest=_reference_digest(config))
+    annotate = functools.partial(with_references, digest=run_digest(Path(config.run.dir)))
     return Setup(objective_at=lambda _: objective, annotate=annotate, validates_objective=True)
-
-
-def _reference_digest(config: RunConfig) -> str:
-    assert config.run.init_from is not None
-    return run_digest(Path(config.run.dir), config.run.init_from)
 
 
 def _as_pairs(_: Sequence[DataFile]) -> Annotate:

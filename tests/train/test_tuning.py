@@ -157,7 +157,7 @@ def test_references_are_those_of_the_model_that_the_run_starts_from(root: Path, 
     data = write_chat_data(tmp_path / "pairs", "pairs")
     config = tuning(DpoConfig, root / "base", data, tmp_path / "run", run={"num_steps": 2})
     trained(config, 2)
-    digest = run_digest(tmp_path / "run", "nowhere: it was written down")
+    digest = run_digest(tmp_path / "run")
     model = load_model(root / "base", device="cpu").model
     manifest = read_manifest(data)
     for split in ("train", "validation"):
