@@ -83,8 +83,8 @@ def target_log_probs(
     )
 
 
-def group_advantages(rewards: Tensor, *, normalise_by: Literal["group", "batch", "none"] = "group") -> Tensor:
-    """By how much each reward is above the mean of its group, in standard deviations of the group or of all.
+def group_advantages(rewards: Tensor, *, normalise_by: Literal["group", "none"] = "group") -> Tensor:
+    """By how much each reward is above the mean of its group, in standard deviations of the group if wanted.
 
     Shapes: rewards (groups, answers to one prompt), two of these at least.
     Source: Shao et al., "DeepSeekMath", 2024, section 4.1.2; Liu et al., "Understanding R1-Zero-Like Training", 2025
@@ -98,8 +98,7 @@ def group_advantages(rewards: Tensor, *, normalise_by: Literal["group", "batch",
     above = rewards - rewards.mean(dim=1, keepdim=True)
     if normalise_by == "none":
         return above
-    deviation = rewards.std(dim=1, keepdim=True) if normalise_by == "group" else rewards.std()
-    return above / (deviation + _LEAST_DEVIATION)
+    return above / (rewards.std(dim=1, keepdim=True) + _LEAST_DEVIATION)
 
 
 def token_weights(
