@@ -27,8 +27,8 @@ train: $(INSTALLED) ## Pretrain on GPUS=8 devices of this machine; CONFIG=config
 plan: $(INSTALLED) ## What a run would compute, hold, take, cost and write, without starting it; CONFIG=, GPUS=8xH100
 	$(if $(findstring x,$(GPUS)),,WORLD_SIZE=$(GPUS)) $(PY) train/pretrain.py $(CONFIG) --dry-run $(if $(findstring x,$(GPUS)),--gpus $(GPUS)) $(ARGS)
 
-prepare-chat: $(INSTALLED) ## Conversations to shards; DATA=chat.jsonl TOKENIZER=runs/1b OUT=data/chat, ARGS="--kind pairs"
-	$(PY) -m data_prep prepare-chat $(DATA) --tokenizer $(TOKENIZER) --output $(or $(OUT),data/chat) $(ARGS)
+prepare-chat: $(INSTALLED) ## Conversations to shards; DATA=chat.jsonl, TOKENIZER=data/default, OUT=data/chat, ARGS="--kind pairs"
+	$(PY) -m data_prep prepare-chat $(DATA) --tokenizer $(or $(TOKENIZER),data/default) --output $(or $(OUT),data/chat) $(ARGS)
 
 show-mask: $(INSTALLED) ## What of prepared conversations is trained, in colour; DATA=data/chat
 	$(PY) -m data_prep show-mask $(DATA) $(ARGS)
